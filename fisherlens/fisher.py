@@ -1,0 +1,433 @@
+"""The Fisher information of a network on data, as an operator that never forms the matrix."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fisherlens import errors
+from fisherlens.errors import ConvergenceWarning, InputError, MemoryBudgetError, NonFiniteError, readable_bytes
+from fisherlens.layout import Layout
+from fisherlens.likelihoods import Likelihood, as_likelihood
+from fisherlens.linalg.cg import conjugate_gradients
+from fisherlens.linalg.dense import damped_cholesky
+from fisherlens.scores import KINDS, Plan, ScoreMatrix, capture, parse_memory
+
+if TYPE_CHECKING:
+    import scipy.sparse.linalg
+
+# Order up to which a float64 Cholesky factor is taken for granted: 6000² doubles are 275 MiB (our choice).
+DIRECT_LIMIT = 6000
+
+Vector = Tensor | Mapping[str, Tensor]
+
+
+class Preconditioner(Protocol):
+    """Anything that solves approximately: ``solve(v, damping)``."""
+
+    def solve(self, v: Tensor, damping: float) -> Tensor: ...
+
+
+def check_damping(damping: float) -> float:
+    """A finite damping > 0 as a float, else InputError."""
+    try:
+        value = float(damping)
+    except (TypeError, ValueError):
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise InputError(errors.DAMPING.format(damping=damping))
+    return value
+
+
+class Fisher:
+    r"""Fisher information matrix of a network on a data set, matrix-free.
+
+    .. math:: F = \frac{\sum_n w_n J_n^\top H_n J_n}{\sum_n w_n} = \frac{1}{W} U^\top U
+
+    with the Jacobian J_n of the outputs of example n and H_n the Fisher of the output distribution. It is that of the *mean*
+    negative log-likelihood over the whole data set; units are nat. Inputs and output scores of each layer are captured once,
+    here; every member is a contraction of them, so later changes of the model do not reach this object.
+
+    Parameters
+    ----------
+    model
+        Any ``nn.Module`` made of supported layers (``Linear``, ``Conv1d/2d/3d``, normalisation in evaluation mode; everything
+        without parameters). It is used as it stands and left as it was.
+    data
+        ``(inputs, targets)`` tensors, or a re-iterable of such batches. ``inputs`` may be a tensor, tuple or dict; ``targets``
+        may be None for the exact and mc kinds without class weights.
+    likelihood
+        ``"categorical"``, ``"bernoulli"``, ``"gaussian"``, or an instance of :class:`Categorical`, :class:`Bernoulli`, :class:`Gaussian`.
+    kind
+        ``"exact"``: expectation over labels in closed form. ``"mc"``: labels sampled from the model, drawn once and kept.
+        ``"empirical"``: observed labels; not the Fisher, but common in optimizers.
+    params
+        None for all that require grad, or a list of names, layers or glob patterns.
+    mc_samples
+        Label draws per example of the mc kind. Default 1, as KFAC's authors use (Martens and Grosse 2015).
+    seed
+        Seeds a generator of its own for the labels; global random state is neither read nor changed.
+    memory
+        Budget for what is kept, bytes or text; decides per layer between factors and explicit rows (see :attr:`plan`).
+    progress
+        Show a bar while capturing; None for "if standard error is a terminal".
+
+    Attributes
+    ----------
+    shape, n_params, n_data, n_columns
+        ``(P, P)``, P, examples N, score columns R per example.
+    layout, plan
+        Names, shapes and places of the parameters; how each layer's scores are kept and what a product costs.
+
+    Raises
+    ------
+    InputError
+        Train-mode BatchNorm or dropout, empty or one-shot data, targets that do not fit, outputs that vary between passes.
+    NonFiniteError
+        NaN or infinity in a parameter, an input or an output; names it and the batch.
+    UnsupportedModuleError, MemoryBudgetError
+        A module without an exact rule; scores over the memory budget. Both say what would work.
+
+    Notes
+    -----
+    Cost: R + 1 backward passes without weight gradients once; then about one gradient evaluation or less per product.
+
+    Examples
+    --------
+    >>> model = torch.nn.Linear(3, 2)
+    >>> x, y = torch.eye(3), torch.tensor([0, 1, 0])
+    >>> F = Fisher(model, (x, y), likelihood="categorical")
+    >>> F.shape, F.n_columns, (F @ torch.ones(8)).shape
+    ((8, 8), 1, torch.Size([8]))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Any,
+        *,
+        likelihood: str | Likelihood,
+        kind: str = "exact",
+        params: Sequence[str] | str | None = None,
+        mc_samples: int = 1,
+        seed: int = 0,
+        memory: str | float = "2GiB",
+        progress: bool | None = None,
+    ):
+        self.likelihood = as_likelihood(likelihood)
+        if kind not in KINDS:
+            raise InputError(errors.UNKNOWN_NAME.format(what="kind", name=kind, hint=errors.nearest(kind, KINDS)))
+        if not isinstance(mc_samples, int) or isinstance(mc_samples, bool) or mc_samples < 1:
+            raise InputError(f"mc_samples must be an integer >= 1, the label draws per example; got {mc_samples!r}.")
+        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+            raise InputError(f"seed must be an integer >= 0; got {seed!r}.")
+        self.kind, self.mc_samples, self.seed = kind, mc_samples, seed
+        self.memory = parse_memory(memory)
+        found = capture(
+            model,
+            data,
+            self.likelihood,
+            kind,
+            params=params,
+            mc_samples=mc_samples,
+            seed=seed,
+            budget=self.memory,
+            progress=progress,
+        )
+        self.layout: Layout = found.layout
+        self.plan: Plan = found.plan
+        self.scores: ScoreMatrix = found.scores
+        self.total_weight: float = found.total_weight
+        self._kept_terms, self._rank_per_term = found.kept_terms, found.rank_per_term
+        self._gradient, self._gradient_coefficients = found.gradient, found.gradient_coefficients
+        self._sample_coefficients = found.sample_coefficients
+        self._factors: dict[tuple[str, float], Tensor] = {}
+        parameters = dict(model.named_parameters())
+        self.parameters = torch.cat([parameters[name].detach().reshape(-1) for name in self.layout]).clone()
+
+    # --- facts -------------------------------------------------------------------------------------------------------
+
+    @property
+    def n_params(self) -> int:
+        """Selected parameters, P."""
+        return self.layout.n_params
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(P, P)``."""
+        return (self.n_params, self.n_params)
+
+    @property
+    def n_data(self) -> int:
+        """Examples, N."""
+        return self.scores.n
+
+    @property
+    def n_columns(self) -> int:
+        """Score columns per example, R."""
+        return self.scores.r
+
+    @property
+    def n_rows(self) -> int:
+        """Kept rows of the score matrix, the order of :meth:`gram`."""
+        return self.scores.rows if self.scores.kept is None else int(self.scores.kept.sum())
+
+    @property
+    def rank_bound(self) -> int:
+        """No more eigenvalues than this are non-zero."""
+        rank = self._kept_terms * self._rank_per_term if self.kind == "exact" else self.n_rows
+        return min(self.n_params, rank)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters, and of every answer."""
+        return self.scores.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters, and of every answer."""
+        return self.scores.device
+
+    def __repr__(self) -> str:
+        return (
+            f"Fisher(kind={self.kind!r}, likelihood={self.likelihood.name!r}, P={self.n_params}, N={self.n_data}, R={self.n_columns}, "
+            f"rank<={self.rank_bound}, {str(self.dtype).removeprefix('torch.')}, {self.device}, {readable_bytes(self.plan.nbytes)})"
+        )
+
+    # --- products ----------------------------------------------------------------------------------------------------
+
+    def __matmul__(self, v: Vector) -> Vector:
+        """F v for a flat ``(P,)``, a block ``(P, K)`` or a dict name → tensor; the answer has the form of the question."""
+        return self._answer(v, lambda flat: self.scores.rmatmat(self.scores.matmat(flat)).div_(self.total_weight))
+
+    def _answer(self, v: Vector, function: Callable[[Tensor], Tensor]) -> Vector:
+        """Apply a map of ``(P, K)`` to a vector in any of its three forms."""
+        if isinstance(v, Mapping):
+            flat = self.layout.flatten(v)
+            return self.layout.unflatten(self._answer(flat, function))
+        if not isinstance(v, Tensor):
+            raise TypeError(f"A vector must be a tensor or a dict name → tensor; got {type(v).__name__}. Use torch.as_tensor(v).")
+        if v.ndim not in (1, 2) or v.shape[0] != self.n_params:
+            raise InputError(
+                f"F @ v takes v of shape ({self.n_params},) or ({self.n_params}, K), or a dict with the keys of F.layout; got a tensor of shape "
+                f"{tuple(v.shape)}.\nF covers {len(self.layout)} parameters with {self.n_params} entries. If v was made for another model, rebuild F; "
+                "print(F.layout) lists names and shapes."
+            )
+        if v.dtype != self.dtype or v.device != self.device:
+            raise InputError(
+                f"F @ v takes v of dtype {self.dtype} on {self.device}; got {v.dtype} on {v.device}. Convert it: v.to(F.device, F.dtype)."
+            )
+        v = v.detach()
+        if not torch.isfinite(v).all():
+            raise NonFiniteError("The vector handed to F holds NaN or infinity, and so would the product. Look at where it was computed.")
+        if v.ndim == 2:
+            return function(v) if v.shape[1] else v.clone()
+        return function(v[:, None])[:, 0]
+
+    def diagonal(self) -> Tensor:
+        """Diagonal of F, flat ``(P,)``, exact and without the matrix."""
+        return self.scores.diagonal() / self.total_weight
+
+    def trace(self) -> float:
+        """Trace of F in nat: the mean squared length of the scores."""
+        return self.diagonal().double().sum().item()
+
+    def frobenius_norm(self) -> float:
+        """Frobenius norm of F, √Σ F_ij², through the Gram matrix or the dense one, whichever is smaller."""
+        if self.n_params <= self.scores.rows:
+            return (torch.linalg.matrix_norm(self.scores.dense().double()) / self.total_weight).item()
+        return (torch.linalg.matrix_norm(self.scores.full_gram().double()) / self.total_weight).item()
+
+    def gram(self) -> Tensor:
+        """U Uᵀ / W, one row per kept score row: the same non-zero spectrum as F."""
+        return self.scores.gram() / self.total_weight
+
+    def gradient(self) -> Tensor:
+        """Mean gradient of the negative log-likelihood on the same data, flat ``(P,)``; needs targets."""
+        if self._gradient is None:
+            raise InputError("The gradient needs observed labels, but this Fisher was built with targets=None. Rebuild it with (inputs, targets).")
+        return self._gradient.clone()
+
+    # --- small matrices ----------------------------------------------------------------------------------------------
+
+    def dense(self, max_params: int = 5000) -> Tensor:
+        """The matrix itself, ``(P, P)``; refused above ``max_params`` with the size it would have."""
+        if self.n_params > max_params:
+            size = readable_bytes(self.n_params**2 * self.dtype.itemsize)
+            raise MemoryBudgetError(
+                f"F.dense() of {self.n_params} parameters would take {size}; the cap is {max_params} parameters. Use F @ v, F.block(names) or "
+                "fl.spectrum(F), which need no matrix, or raise max_params."
+            )
+        return self.scores.dense() / self.total_weight
+
+    def block(self, names: str | Sequence[str], max_params: int = 5000) -> Tensor:
+        """The diagonal block of some layers or parameters (names or patterns), in layout order."""
+        index = self.layout.index_of(names).to(self.device)
+        if len(index) > max_params:
+            size = readable_bytes(len(index) ** 2 * self.dtype.itemsize)
+            raise MemoryBudgetError(f"The block {names!r} of {len(index)} parameters would take {size}; the cap is {max_params}. Raise max_params.")
+        columns = self.scores.columns(index)
+        return columns.T @ columns / self.total_weight
+
+    # --- solves ------------------------------------------------------------------------------------------------------
+
+    def solve(
+        self,
+        v: Vector,
+        damping: float,
+        *,
+        preconditioner: Preconditioner | None = None,
+        return_info: bool = False,
+        tol: float | None = None,
+        max_steps: int = 1000,
+    ) -> Any:
+        """(F + λI)⁻¹ v, exact through the smaller of dense and Gram matrix, else by conjugate gradients.
+
+        Parameters
+        ----------
+        v
+            Flat, block or dict; the answer has the same form.
+        damping
+            λ > 0, in the units of the eigenvalues (nat).
+        preconditioner
+            An object with ``solve(v, damping)``; used, and conjugate gradients chosen, where given.
+        return_info
+            Also return a dict with ``method``, ``residual`` (relative, recomputed from F; one entry per vector), ``steps``, ``converged``.
+        tol, max_steps
+            Of conjugate gradients: relative residual (default 1e-10 in float64, 1e-5 in float32) and limit of steps.
+
+        Notes
+        -----
+        Direct below an order of 6,000: Woodbury (1/λ)[v - Uᵀ(K + WλI)⁻¹ U v] with a float64 Cholesky factor that is kept for the same λ.
+        A solve that misses its tolerance returns what it has with a ConvergenceWarning.
+        """
+        damping = check_damping(damping)
+        smaller = min(self.scores.rows, self.n_params)
+        info: dict[str, Any] = {}
+
+        def apply(flat: Tensor) -> Tensor:
+            if preconditioner is None and smaller <= DIRECT_LIMIT:
+                x = self._solve_direct(flat, damping)
+                info.update(method="dense" if self.n_params <= self.scores.rows else "woodbury", steps=0)
+                if return_info:
+                    info["residual"] = self._residual(x, flat, damping)
+                    info["converged"] = bool((info["residual"] < 1e-2).all())
+                return x
+            goal = tol if tol is not None else (1e-10 if self.dtype == torch.float64 else 1e-5)
+            precondition = None if preconditioner is None else lambda r: preconditioner.solve(r, damping)
+            found = conjugate_gradients(
+                lambda x: (self @ x) + damping * x, flat, precondition=precondition, tol=goal, max_steps=max_steps
+            )
+            info.update(method="cg", steps=found.steps, residual=found.residual, converged=found.converged)
+            if not found.converged:
+                warnings.warn(
+                    f"Conjugate gradients ended after {found.steps} steps with relative residual {found.residual.max().item():.1e} (wanted {goal:.0e}). "
+                    "The partial solution is returned; pass a preconditioner, more max_steps or a larger damping.",
+                    ConvergenceWarning,
+                    stacklevel=4,
+                )
+            return found.solution
+
+        solution = self._answer(v, apply)
+        return (solution, info) if return_info else solution
+
+    def _residual(self, x: Tensor, rhs: Tensor, damping: float) -> Tensor:
+        norm = torch.linalg.vector_norm(rhs, dim=0)
+        return torch.linalg.vector_norm((self @ x) + damping * x - rhs, dim=0) / norm.where(norm > 0, 1)
+
+    def _factor(self, side: str, damping: float) -> Tensor:
+        """Float64 Cholesky factor of UᵀU/W + λI ("dense") or U Uᵀ/W + λI ("gram"), the last one kept."""
+        if (side, damping) not in self._factors:
+            matrix = self.scores.dense() if side == "dense" else self.scores.full_gram()
+            self._factors.clear()
+            self._factors[side, damping] = damped_cholesky(matrix.double() / self.total_weight, damping, f"The {side} matrix of F")
+        return self._factors[side, damping]
+
+    def _solve_direct(self, v: Tensor, damping: float) -> Tensor:
+        if self.n_params <= self.scores.rows:
+            return torch.cholesky_solve(v.double(), self._factor("dense", damping)).to(v.dtype)
+        z = torch.cholesky_solve(self.scores.matmat(v).double(), self._factor("gram", damping))
+        correction = self.scores.rmatmat((z / self.total_weight).to(v.dtype))
+        return (v - correction) / damping
+
+    def natural_gradient(self, damping: float) -> Tensor:
+        """(F + λI)⁻¹ g for the mean gradient g, flat ``(P,)``.
+
+        For the exact and empirical kinds g lies in the row space, g = Uᵀd/W, and Uᵀ(K/W + λI)⁻¹d/W has none of Woodbury's
+        cancellation: in float32 its error stays near 1e-7 however small λ is. The mc kind falls back to :meth:`solve`.
+        """
+        damping = check_damping(damping)
+        gradient = self.gradient()
+        d = self._gradient_coefficients
+        direct = self.scores.rows < self.n_params and self.scores.rows <= DIRECT_LIMIT
+        if d is None or not direct or not torch.isfinite(d).all():
+            return self.solve(gradient, damping)
+        z = torch.cholesky_solve(d.double()[:, None], self._factor("gram", damping)) / self.total_weight
+        return self.scores.rmatmat(z.to(self.dtype))[:, 0]
+
+    # --- views -------------------------------------------------------------------------------------------------------
+
+    def damped(self, damping: float) -> DampedFisher:
+        """F + λI as a lazy operator; F itself stays as it is."""
+        return DampedFisher(self, check_damping(damping))
+
+    def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
+        """F as a ``scipy.sparse.linalg.LinearOperator`` on numpy vectors."""
+        return _to_scipy(self, self)
+
+
+class DampedFisher:
+    """F + λI, lazily: products, solves, diagonal, dense; damping twice by a and b equals a + b."""
+
+    def __init__(self, fisher: Fisher, damping: float):
+        self.fisher, self.damping = fisher, damping
+        self.shape, self.dtype, self.device, self.layout = fisher.shape, fisher.dtype, fisher.device, fisher.layout
+
+    def __matmul__(self, v: Vector) -> Vector:
+        """(F + λI) v in the form of v."""
+        product = self.fisher @ v
+        if isinstance(v, Mapping):
+            return {name: product[name] + self.damping * v[name] for name in product}
+        return product + self.damping * v
+
+    def solve(self, v: Vector, **options: Any) -> Any:
+        """(F + λI)⁻¹ v; options as for :meth:`Fisher.solve`."""
+        return self.fisher.solve(v, self.damping, **options)
+
+    def diagonal(self) -> Tensor:
+        """Diagonal of F + λI."""
+        return self.fisher.diagonal() + self.damping
+
+    def dense(self, max_params: int = 5000) -> Tensor:
+        """F + λI as a matrix, under the cap of :meth:`Fisher.dense`."""
+        matrix = self.fisher.dense(max_params)
+        matrix.diagonal().add_(self.damping)
+        return matrix
+
+    def damped(self, damping: float) -> DampedFisher:
+        """F + (λ + damping) I."""
+        return DampedFisher(self.fisher, self.damping + check_damping(damping))
+
+    def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
+        """F + λI as a ``scipy.sparse.linalg.LinearOperator``."""
+        return _to_scipy(self, self.fisher)
+
+    def __repr__(self) -> str:
+        return f"{self.fisher!r} + {self.damping:g} I"
+
+
+def _to_scipy(operator: Any, fisher: Fisher) -> scipy.sparse.linalg.LinearOperator:
+    import numpy as np
+    import scipy.sparse.linalg
+
+    def product(v: np.ndarray) -> np.ndarray:
+        tensor = torch.as_tensor(np.ascontiguousarray(v), dtype=fisher.dtype, device=fisher.device)
+        flat = tensor.reshape(-1) if tensor.ndim == 2 and tensor.shape[1] == 1 else tensor
+        return (operator @ flat).cpu().numpy().reshape(v.shape)
+
+    dtype = np.float64 if fisher.dtype == torch.float64 else np.float32
+    return scipy.sparse.linalg.LinearOperator(fisher.shape, matvec=product, rmatvec=product, matmat=product, rmatmat=product, dtype=dtype)

@@ -1,0 +1,1 @@
+"""Linear algebra on plain tensors and callables; knows nothing of networks."""

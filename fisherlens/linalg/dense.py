@@ -1,0 +1,99 @@
+"""Dense symmetric matrices: Gram products, eigenvalues and Cholesky factors that never fail silently."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from fisherlens.errors import NonFiniteError, NumericalWarning
+
+
+def require_finite(matrix: Tensor, what: str) -> None:
+    """Raise where a matrix holds NaN or infinity: LAPACK may answer with finite numbers even then."""
+    if not torch.isfinite(matrix).all():
+        raise NonFiniteError(
+            f"{what} holds NaN or infinity, so a decomposition of it would be meaningless. The scores probably overflowed: "
+            "look for very large parameters or inputs, or use a float64 model."
+        )
+
+
+def self_gram(rows: Tensor, tile: int = 512) -> Tensor:
+    """Symmetric product X Xᵀ, shape ``(m, m)``, with the upper triangle mirrored rather than computed."""
+    m = rows.shape[0]
+    if m <= tile:
+        return rows @ rows.T
+    out = rows.new_empty(m, m)
+    for i in range(0, m, tile):
+        block = rows[i : i + tile]
+        torch.mm(block, rows[: i + tile].T, out=out[i : i + tile, : i + tile])
+        out[:i, i : i + tile] = out[i : i + tile, :i].T
+    return out
+
+
+def _symmetric(matrix: Tensor, what: str) -> Tensor:
+    require_finite(matrix, what)
+    matrix = matrix.double() if matrix.device.type != "mps" else matrix.cpu().double()
+    return (matrix + matrix.mT) / 2  # LAPACK reads one triangle only
+
+
+def eigenvalues(matrix: Tensor, what: str = "the matrix") -> Tensor:
+    """All eigenvalues of a symmetric matrix, descending, computed in float64."""
+    symmetric = _symmetric(matrix, what)
+    try:
+        return torch.linalg.eigvalsh(symmetric).flip(-1)
+    except torch.linalg.LinAlgError:
+        _warn_fallback(symmetric, what)
+        return torch.linalg.eigvalsh(symmetric.cpu()).flip(-1).to(symmetric.device)
+
+
+def eigenpairs(matrix: Tensor, what: str = "the matrix") -> tuple[Tensor, Tensor]:
+    """Eigenvalues, descending, and eigenvectors in columns, in float64; ``(..., n, n)`` is a batch."""
+    symmetric = _symmetric(matrix, what)
+    try:
+        values, vectors = torch.linalg.eigh(symmetric)
+    except torch.linalg.LinAlgError:
+        _warn_fallback(symmetric, what)
+        values, vectors = (x.to(symmetric.device) for x in torch.linalg.eigh(symmetric.cpu()))
+    return values.flip(-1), vectors.flip(-1)
+
+
+def _warn_fallback(matrix: Tensor, what: str) -> None:
+    warnings.warn(
+        f"The eigensolver on {matrix.device} failed for {what} of shape {tuple(matrix.shape)}; computed on the CPU in float64 instead.",
+        NumericalWarning,
+        stacklevel=4,
+    )
+
+
+def noise_floor(values: Tensor, order: int, dtype: torch.dtype) -> float:
+    """Eigenvalues below n ε λ_max cannot be told from zero (n: order, ε: of the dtype that accumulated the entries)."""
+    top = values.abs().max().item() if values.numel() else 0.0
+    return order * torch.finfo(dtype).eps * top
+
+
+def damped_cholesky(matrix: Tensor, damping: float, what: str = "the matrix") -> Tensor:
+    """Lower Cholesky factor of M + damping I in float64, for one matrix or a batch ``(..., n, n)``.
+
+    A positive semi-definite matrix can lose definiteness to rounding; then 10 ε tr(M)/n is added once (with a
+    warning) before giving up. Source of the retry: our choice, a few units of the rounding error of the trace.
+    """
+    symmetric = _symmetric(matrix, what)
+    n = symmetric.shape[-1]
+    identity = torch.eye(n, dtype=symmetric.dtype, device=symmetric.device)
+    factor, info = torch.linalg.cholesky_ex(symmetric + damping * identity)
+    if (info == 0).all():
+        return factor
+    trace = symmetric.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    jitter = 10 * torch.finfo(symmetric.dtype).eps * trace / n + (trace == 0)
+    factor, info = torch.linalg.cholesky_ex(symmetric + (damping + jitter) * identity)
+    if (info != 0).any():
+        raise NonFiniteError(
+            f"{what} + {damping:g} I is not positive definite, even with 10 ε tr/n added. The damping is below the rounding error of the "
+            "matrix: raise it, or use a float64 model."
+        )
+    warnings.warn(
+        f"{what} + {damping:g} I was not positive definite in float64; 10 ε tr/n was added. Raise the damping.", NumericalWarning, stacklevel=3
+    )
+    return factor

@@ -1,0 +1,161 @@
+"""Scores of a dense layer, kept as its inputs and its output scores."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fisherlens.layout import LayerInfo
+from fisherlens.linalg.dense import self_gram
+from fisherlens.scores.base import CHUNK_BYTES, LayerScores
+
+
+class DenseScores(LayerScores):
+    """Row (n, r) of a dense layer is Σ_t g_nrt ⊗ a_nt (weight) and Σ_t g_nrt (bias); only a and g are kept.
+
+    Parameters
+    ----------
+    layer
+        The layer; a weight or bias that was not selected is left out of the rows.
+    inputs
+        a, shape ``(n, t, d_i)``; t = 1 for a plain dense layer, more for leading axes or repeated uses.
+    outputs
+        g, shape ``(n, r, t, d_o)``: output scores of the r columns.
+    """
+
+    path = "factors"
+
+    def __init__(self, layer: LayerInfo, inputs: Tensor, outputs: Tensor):
+        self.layer = layer
+        self.a, self.g = inputs, outputs
+        self.n, self.r, self.t, self.d_o = outputs.shape
+        self.d_i = inputs.shape[-1]
+        self.dtype, self.device = outputs.dtype, outputs.device
+        self.n_weight = self.d_o * self.d_i if layer.weight else 0
+
+    @property
+    def nbytes(self) -> int:
+        return (self.a.numel() + self.g.numel()) * self.g.itemsize
+
+    def matmat(self, v: Tensor) -> Tensor:
+        n, t, k = self.n, self.t, v.shape[1]
+        vt = v.T.contiguous()  # (K, p): one matrix product serves all vectors
+        h = self.a.new_zeros(()).expand(n, t, k, self.d_o)
+        if self.layer.weight:
+            h = (self.a.reshape(n * t, -1) @ vt[:, : self.n_weight].reshape(k * self.d_o, -1).T).view(n, t, k, self.d_o)
+        if self.layer.bias:
+            h = h + vt[:, self.n_weight :] if not self.layer.weight else h.add_(vt[:, self.n_weight :])
+        h = h.transpose(1, 2).reshape(n, k, t * self.d_o)  # a view for t = 1 or k = 1
+        return torch.bmm(h, self.g.reshape(n, self.r, -1).mT).mT.reshape(n * self.r, k)
+
+    def rmatmat(self, z: Tensor, out: Tensor) -> None:
+        n, t, k, d_o = self.n, self.t, z.shape[1], self.d_o
+        h = torch.bmm(z.view(n, self.r, k).mT, self.g.reshape(n, self.r, -1))  # (n, K, t d_o)
+        h = h.view(n, k, t, d_o).transpose(1, 2).reshape(n * t, k, d_o)
+        if self.layer.weight:
+            a = self.a.reshape(n * t, -1)
+            for i in range(k):  # each a full-size product written in place; one big one would need a copy of all
+                torch.mm(h[:, i].T, a, out=out[i, : self.n_weight].view(d_o, -1))
+        if self.layer.bias:
+            out[:, self.n_weight :] = h.sum(0)
+
+    def gram(self) -> Tensor:
+        if self.t > 1:
+            return self._position_gram()
+        inner = self.a.new_zeros(self.n, self.n)
+        if self.layer.weight:
+            inner = self_gram(self.a[:, 0])
+        if self.layer.bias:
+            inner = inner + 1
+        gram = self_gram(self.g.reshape(self.rows, self.d_o))
+        gram.view(self.n, self.r, self.n, self.r).mul_(inner[:, None, :, None])
+        return gram
+
+    def _position_gram(self) -> Tensor:
+        """Σ_tp (a_nt·a_qp)(g_nrt·g_qsp) in tiles of examples, or explicit columns where that is cheaper."""
+        n, r, t, d_o, d_i = self.n, self.r, self.t, self.d_o, self.d_i
+        by_factors = n * n * t * t * (d_i + r * r * (d_o + 1))
+        by_columns = n * r * t * d_i * d_o + n * n * r * r * d_i * d_o
+        if by_columns < by_factors:
+            return super().gram()
+        out = self.g.new_empty(n, r, n, r)
+        step = max(1, CHUNK_BYTES // max(1, n * r * r * t * t * self.g.itemsize))
+        g_all = self.g.reshape(n * r * t, d_o)
+        a_all = self.a.reshape(n * t, d_i)
+        for i in range(0, n, step):
+            m = min(step, n - i)
+            inner = self.a.new_zeros(m * t, n * t)
+            if self.layer.weight:
+                inner = self.a[i : i + m].reshape(m * t, d_i) @ a_all.T
+            if self.layer.bias:
+                inner = inner + 1
+            outer = (self.g[i : i + m].reshape(m * r * t, d_o) @ g_all.T).view(m, r, t, n, r, t)
+            out[i : i + m] = torch.einsum("mrtnsp,mtnp->mrns", outer, inner.view(m, t, n, t))
+        return out.view(n * r, n * r)
+
+    def diagonal(self) -> Tensor:
+        if self.t > 1:
+            return super().diagonal()
+        square = self.g[:, :, 0].square().sum(1)  # (n, d_o)
+        pieces = []
+        if self.layer.weight:
+            pieces.append((square.T @ self.a[:, 0].square()).reshape(-1))
+        if self.layer.bias:
+            pieces.append(square.sum(0))
+        return torch.cat(pieces)
+
+    def _split(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Output unit of each parameter, and its input column; the bias is column d_i of the homogeneous input."""
+        is_bias = index >= self.n_weight
+        unit = torch.where(is_bias, index - self.n_weight, index // max(self.d_i, 1))
+        column = torch.where(is_bias, self.d_i, index % max(self.d_i, 1))
+        return unit, column
+
+    def _homogeneous(self, column: Tensor) -> Tensor:
+        """Input columns ``(n, t, m)``, with the constant 1 of the bias as column d_i."""
+        picked = self.a[..., column.clamp(max=self.d_i - 1)]
+        return torch.where(column == self.d_i, torch.ones((), dtype=picked.dtype, device=picked.device), picked)
+
+    def columns(self, index: Tensor) -> Tensor:
+        unit, column = self._split(index)
+        a = self._homogeneous(column)
+        if self.t == 1:
+            return (self.g[:, :, 0, unit] * a).reshape(self.rows, -1)
+        return torch.einsum("nrtm,ntm->nrm", self.g[..., unit], a).reshape(self.rows, -1)
+
+    def rows_at(self, index: Tensor) -> Tensor:
+        n, r = index // self.r, index % self.r
+        g, a = self.g[n, r], self.a[n]  # (m, t, d_o), (m, t, d_i)
+        pieces = []
+        if self.layer.weight:
+            pieces.append(torch.bmm(g.mT, a).flatten(1))
+        if self.layer.bias:
+            pieces.append(g.sum(1))
+        return torch.cat(pieces, dim=1)
+
+    def _within_units(self, index: Tensor) -> bool:
+        unit, _ = self._split(index)
+        return self.t == 1 and bool((unit == unit[:, :1]).all())
+
+    def block_row_count(self, index: Tensor) -> int:
+        return self.n if self._within_units(index) else self.rows
+
+    def block_rows(self, index: Tensor) -> Tensor:
+        # Inside one unit the r columns share the input: U_bᵀ U_b = Σ_n (Σ_r g_nro²) a_n a_nᵀ needs n rows only.
+        if not self._within_units(index):
+            return super().block_rows(index)
+        unit, column = self._split(index)
+        norm = torch.linalg.vector_norm(self.g[:, :, 0], dim=1)  # (n, d_o)
+        a = self._homogeneous(column.reshape(-1))[:, 0].reshape(self.n, *index.shape)
+        return (a * norm[:, unit[:, 0], None]).transpose(0, 1)
+
+    def moments(self, index: Tensor) -> Tensor:
+        if not self._within_units(index):
+            return super().moments(index)
+        num_blocks, size = index.shape
+        out = torch.empty(num_blocks, size, size, dtype=self.dtype, device=self.device)
+        step = max(1, CHUNK_BYTES // max(1, self.n * size * self.dtype.itemsize))
+        for start in range(0, num_blocks, step):
+            x = self.block_rows(index[start : start + step])
+            out[start : start + step] = torch.bmm(x.mT, x)
+        return out

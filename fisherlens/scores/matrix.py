@@ -1,0 +1,107 @@
+"""The score matrix U of several layers: products and Gram matrices, never U itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fisherlens.linalg.dense import self_gram
+from fisherlens.scores.base import LayerScores
+
+
+class ScoreMatrix:
+    """U of shape ``(rows, P)``, P over the given layers in order; no answer is divided by the total weight.
+
+    Parameters
+    ----------
+    layers
+        Scores of the layers, in the order of the flat vector.
+    kept
+        Which rows carry weight, ``(rows,)`` bool; None for all. Rows without weight are zero and left out of :meth:`gram`.
+    """
+
+    def __init__(self, layers: Sequence[LayerScores], kept: Tensor | None = None):
+        self.layers = tuple(layers)
+        self.kept = kept
+        self.n, self.r = layers[0].n, layers[0].r
+        self.rows = layers[0].rows
+        self.dtype, self.device = layers[0].dtype, layers[0].device
+        self.size = sum(layer.size for layer in layers)
+        self._grams: dict[str, Tensor] = {}
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each layer starts in this matrix's own columns."""
+        starts, at = [], 0
+        for layer in self.layers:
+            starts.append(at)
+            at += layer.size
+        return tuple(starts)
+
+    def restrict(self, names: Sequence[str]) -> ScoreMatrix:
+        """The columns of some layers only, sharing memory and Gram matrices with this one."""
+        part = ScoreMatrix([layer for layer in self.layers if layer.layer.name in set(names)], self.kept)
+        part._grams = self._grams
+        return part
+
+    def __getitem__(self, name: str) -> LayerScores:
+        return next(layer for layer in self.layers if layer.layer.name == name)
+
+    def matmat(self, v: Tensor) -> Tensor:
+        """``(P, K)`` → ``(rows, K)``: the sum over layers is the coupling between them."""
+        pieces = zip(self.layers, self.offsets, strict=True)
+        layer, start = next(pieces)
+        out = layer.matmat(v[start : start + layer.size])
+        for layer, start in pieces:
+            out += layer.matmat(v[start : start + layer.size])
+        return out
+
+    def rmatmat(self, z: Tensor) -> Tensor:
+        """``(rows, K)`` → ``(P, K)``: Uᵀ Z, a transposed view of K contiguous vectors."""
+        out = torch.empty(z.shape[1], self.size, dtype=z.dtype, device=z.device)
+        for layer, start in zip(self.layers, self.offsets, strict=True):
+            layer.rmatmat(z, out[:, start : start + layer.size])
+        return out.T
+
+    def layer_gram(self, name: str) -> Tensor:
+        """U_l U_lᵀ over all rows, computed once and kept."""
+        if name not in self._grams:
+            self._grams[name] = self[name].gram()
+        return self._grams[name]
+
+    def full_gram(self) -> Tensor:
+        """U Uᵀ over all rows, also those without weight."""
+        total = self.layer_gram(self.layers[0].layer.name).clone()
+        for layer in self.layers[1:]:
+            total += self.layer_gram(layer.layer.name)
+        return total
+
+    def gram(self) -> Tensor:
+        """U Uᵀ over the kept rows."""
+        gram = self.full_gram()
+        return gram if self.kept is None else gram[self.kept][:, self.kept]
+
+    def diagonal(self) -> Tensor:
+        """Column sums of U², ``(P,)``."""
+        return torch.cat([layer.diagonal() for layer in self.layers])
+
+    def rows_at(self, index: Tensor) -> Tensor:
+        """Explicit rows, ``(len(index), P)``."""
+        return torch.cat([layer.rows_at(index) for layer in self.layers], dim=1)
+
+    def columns(self, index: Tensor) -> Tensor:
+        """Explicit columns of the flat indices, ``(rows, len(index))``."""
+        out = torch.empty(self.rows, len(index), dtype=self.dtype, device=self.device)
+        for layer, start in zip(self.layers, self.offsets, strict=True):
+            here = ((index >= start) & (index < start + layer.size)).nonzero()[:, 0]
+            if len(here):
+                out[:, here] = layer.columns(index[here] - start)
+        return out
+
+    def dense(self) -> Tensor:
+        """Uᵀ U, ``(P, P)``, from explicit columns in chunks."""
+        explicit = torch.cat([layer.columns(chunk) for layer in self.layers for chunk in layer.column_chunks()], dim=1)
+        return self_gram(explicit.T)

@@ -1,0 +1,38 @@
+"""Explicit score rows of normalisation layers: Σ g · x̂ for the scale, Σ g for the shift."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fisherlens.layout import LayerInfo
+
+
+def normalised_input(module: nn.Module, x: Tensor) -> Tensor:
+    """The input after normalisation and before scale and shift."""
+    if isinstance(module, nn.LayerNorm):
+        return functional.layer_norm(x, module.normalized_shape, eps=module.eps)
+    if isinstance(module, nn.GroupNorm):
+        return functional.group_norm(x, module.num_groups, eps=module.eps)
+    return functional.batch_norm(x, module.running_mean, module.running_var, eps=module.eps, training=False)
+
+
+def norm_rows(module: nn.Module, layer: LayerInfo, x: Tensor, g: Tensor) -> Tensor:
+    """Explicit rows ``(n, r, p)`` of one use; ``x`` (n, …) is the module's input and ``g`` (n, r, …) its output scores."""
+    xhat = normalised_input(module, x)[:, None]
+    if isinstance(module, nn.LayerNorm):
+        keep = len(module.normalized_shape)
+        axes = tuple(range(2, g.ndim - keep))
+    else:
+        axes = tuple(range(3, g.ndim))  # all but example, column and channel
+
+    def reduced(scores: Tensor) -> Tensor:
+        return (scores.sum(axes) if axes else scores).flatten(2)
+
+    pieces = []
+    if layer.weight:
+        pieces.append(reduced(g * xhat))
+    if layer.bias:
+        pieces.append(reduced(g))
+    return torch.cat(pieces, dim=2)

@@ -1,0 +1,196 @@
+"""How each layer's scores are kept, what that holds in memory and what a product with it costs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from fisherlens.errors import InputError, MemoryBudgetError, readable_bytes
+from fisherlens.layout import LayerInfo
+from fisherlens.scores.recorder import Use
+
+_UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_memory(memory: str | float) -> int:
+    """Bytes from a number or a text such as ``"2GiB"``."""
+    if isinstance(memory, (int, float)) and not isinstance(memory, bool) and math.isfinite(memory) and memory > 0:
+        return int(memory)
+    if isinstance(memory, str):
+        text = memory.strip().upper()
+        number = text.rstrip("KMGTIB ")
+        unit = text[len(number) :].strip() or "B"
+        try:
+            value = float(number) * _UNITS[unit]
+        except (ValueError, KeyError):
+            value = 0.0
+        if math.isfinite(value) and value > 0:
+            return int(value)
+    raise InputError(f"memory must be a positive number of bytes or a text such as '2GiB' or '500MB'; got {memory!r}.")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer of a plan: the path, why, bytes held, FLOPs of a product and its share of a gradient evaluation."""
+
+    layer: str
+    type_name: str
+    path: str
+    storage: str  # "factors" | "patches" | "convolution" | "rows" | "none"
+    reason: str
+    positions: int
+    nbytes: int
+    product_flops: float
+    gradient_flops: float
+
+
+class Plan:
+    """The paths of all layers, printable; ``plan[layer]`` gives one :class:`LayerPlan`.
+
+    FLOPs count a multiply-add as 2. ``product_cost`` is in gradient evaluations (forward and backward of the mean loss
+    on the same data) by FLOP count; wall-clock ratios are what the benchmarks measure.
+    """
+
+    def __init__(self, layers: Sequence[LayerPlan], n_data: int, n_columns: int, budget: int):
+        self.layers = tuple(layers)
+        self.n_data, self.n_columns, self.budget = n_data, n_columns, budget
+
+    def __getitem__(self, layer: str) -> LayerPlan:
+        return next(entry for entry in self.layers if entry.layer == layer)
+
+    def __iter__(self):  # noqa: ANN204
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all layers hold together."""
+        return sum(entry.nbytes for entry in self.layers)
+
+    @property
+    def product_cost(self) -> float:
+        """FLOPs of one product over those of one gradient evaluation."""
+        return sum(e.product_flops for e in self.layers) / max(sum(e.gradient_flops for e in self.layers), 1.0)
+
+    def to_json(self) -> str:
+        """All fields as one JSON text, as stored in results."""
+        return json.dumps({"n_data": self.n_data, "n_columns": self.n_columns, "layers": [asdict(e) for e in self.layers]})
+
+    def __repr__(self) -> str:
+        total = max(sum(e.gradient_flops for e in self.layers), 1.0)
+        head = ("layer", "type", "path", "positions", "memory", "product/gradient", "reason")
+        body = [
+            (e.layer, e.type_name, e.path, str(e.positions), readable_bytes(e.nbytes), f"{e.product_flops / total:.3f}", e.reason)
+            for e in self.layers
+        ]
+        widths = [max(len(row[i]) for row in (head, *body)) for i in range(len(head))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *body)]
+        title = (
+            f"Plan: {self.n_data} examples x {self.n_columns} score columns, {readable_bytes(self.nbytes)} of {readable_bytes(self.budget)}, "
+            f"one product = {self.product_cost:.2f} gradient evaluations (FLOPs)"
+        )
+        return "\n".join([title, *lines])
+
+
+@dataclass
+class _Candidate:
+    storage: str
+    nbytes: int
+    flops: float
+
+
+def make_plan(layers: Sequence[LayerInfo], uses: dict[str, list[Use]], n_data: int, n_columns: int, budget: int, dtype: torch.dtype) -> Plan:
+    """Choose the cheapest exact representation of each layer within the budget.
+
+    Rule (methods: routes by cost): factors by default; explicit rows where there are more positions than score columns,
+    as one product then costs R/T of the factor route; layers with the largest saving per byte first, while memory lasts.
+    """
+    chosen: dict[str, tuple[_Candidate, str]] = {}
+    upgrades: list[tuple[float, str, _Candidate]] = []
+    facts = {layer.name: _facts(layer, uses[layer.name], n_data, n_columns, dtype) for layer in layers}
+    for layer in layers:
+        candidates, positions, _ = facts[layer.name]
+        factors, rows = candidates.get("factors"), candidates["rows"]
+        if factors is None:
+            chosen[layer.name] = (rows, "no input is shared by its parameters" if uses[layer.name] else "never called")
+        elif rows.nbytes <= factors.nbytes and rows.flops <= factors.flops:
+            chosen[layer.name] = (rows, f"{positions} positions > {n_columns} score columns, and smaller")
+        else:
+            chosen[layer.name] = (factors, "one position" if positions == 1 else f"{positions} positions <= {n_columns} score columns")
+            if rows.flops < factors.flops:
+                saving = (factors.flops - rows.flops) / max(rows.nbytes - factors.nbytes, 1)
+                upgrades.append((saving, layer.name, rows))
+    used = sum(candidate.nbytes for candidate, _ in chosen.values())
+    for _, name, rows in sorted(upgrades, key=lambda u: -u[0]):
+        extra = rows.nbytes - chosen[name][0].nbytes
+        if used + extra <= budget:
+            chosen[name] = (rows, f"{facts[name][1]} positions > {n_columns} score columns")
+            used += extra
+        else:
+            chosen[name] = (chosen[name][0], f"explicit rows ({readable_bytes(rows.nbytes)}) would not fit")
+    if used > budget:
+        largest = max(chosen, key=lambda name: chosen[name][0].nbytes)
+        fitting = max(1, int(n_data * budget / used))
+        raise MemoryBudgetError(
+            f"The scores of {n_data} examples x {n_columns} columns need {readable_bytes(used)}, over the budget of {readable_bytes(budget)}; the largest "
+            f"layer is {largest!r} with {readable_bytes(chosen[largest][0].nbytes)}. About {fitting} examples would fit; kind='mc' needs one column per "
+            f"draw instead of {n_columns}; or raise memory=."
+        )
+    return Plan(
+        [
+            LayerPlan(
+                layer.name,
+                layer.type_name,
+                "explicit" if chosen[layer.name][0].storage in ("rows", "none") else "factors",
+                chosen[layer.name][0].storage,
+                chosen[layer.name][1],
+                facts[layer.name][1],
+                chosen[layer.name][0].nbytes,
+                chosen[layer.name][0].flops,
+                facts[layer.name][2],
+            )
+            for layer in layers
+        ],
+        n_data,
+        n_columns,
+        budget,
+    )
+
+
+def _facts(layer: LayerInfo, uses: list[Use], n: int, r: int, dtype: torch.dtype) -> tuple[dict[str, _Candidate], int, float]:
+    """Candidates, positions per example, and the layer's FLOPs in a gradient evaluation."""
+    size = dtype.itemsize
+    rows = _Candidate("rows", n * r * layer.size * size, 4.0 * n * r * layer.size)
+    if not uses:
+        return {"rows": _Candidate("none", 0, 0.0)}, 0, 0.0
+    if layer.kind == "norm":
+        per_example = uses[0].inputs[0].numel() * len(uses)
+        return {"rows": rows}, max(1, per_example // layer.size), 8.0 * n * per_example
+    if layer.kind == "dense":
+        d_o = uses[0].output_shape[-1]
+        d_i = uses[0].inputs.shape[-1]
+        t = sum(math.prod(use.output_shape[1:-1]) for use in uses)
+        inputs, groups = t * d_i, 1
+    else:
+        d_o = uses[0].output_shape[1]
+        groups = layer.groups
+        d_i = uses[0].inputs.shape[1] // groups * math.prod(uses[0].module.kernel_size)
+        t = sum(math.prod(use.output_shape[2:]) for use in uses)
+        inputs = sum(use.inputs[0].numel() for use in uses)
+    work = t * d_i * d_o * bool(layer.weight)
+    flops = 4.0 * n * (work + r * t * d_o)
+    gradient = 6.0 * n * t * d_i * d_o
+    if layer.kind == "dense":
+        return {"factors": _Candidate("factors", n * (inputs + r * t * d_o) * size, flops), "rows": rows}, t, gradient
+    candidates = {"rows": rows}
+    if len(uses) == 1 and t <= r and groups == 1:
+        candidates["factors"] = _Candidate("patches", n * t * (d_i + r * d_o) * size, flops)
+    elif len(uses) == 1:
+        candidates["factors"] = _Candidate("convolution", n * (inputs + r * t * d_o) * size, flops)
+    return candidates, t, gradient

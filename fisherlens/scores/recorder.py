@@ -1,0 +1,239 @@
+"""Record what each layer reads and writes in one forward pass, and check that this explains its parameters' gradients."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
+
+from fisherlens.errors import InputError, NonFiniteError, UnsupportedModuleError
+from fisherlens.layout import ROOT, LayerInfo, Layout
+from fisherlens.scores.conv import ConvGeometry, conv_rows
+from fisherlens.scores.norm import norm_rows
+from fisherlens.scores.source import Batch, call
+
+SUPPORTED = "Linear, Conv1d, Conv2d, Conv3d, BatchNorm1d/2d/3d (evaluation mode), LayerNorm, GroupNorm"
+_PASS_THROUGH = ("Relu", "Clone", "Alias", "Dropout", "Tanh", "Sigmoid", "Gelu", "Elu", "Silu", "Softplus", "ToCopy")
+
+
+@dataclass
+class Use:
+    """One call of a layer's module: its input, and the place in the graph where its output score arrives."""
+
+    module: nn.Module
+    inputs: Tensor
+    version: int
+    edge: GradientEdge | None
+    output_shape: torch.Size
+
+    @property
+    def modified(self) -> bool:
+        """Whether the input was changed in place after the module had read it."""
+        return self.inputs._version != self.version
+
+
+class Recorder:
+    """Forward pass of a model with the selected parameters as leaves of the graph and every use of a layer recorded.
+
+    The user's parameters are not part of the graph, so neither their ``grad`` nor their flags can change.
+    """
+
+    def __init__(self, model: nn.Module, layout: Layout):
+        self.model, self.layout = model, layout
+        modules = dict(model.named_modules())
+        self.modules = {layer.name: modules["" if layer.name == ROOT else layer.name] for layer in layout.layers}
+        self.copy_inputs = False
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, list[Use]], dict[str, Tensor]]:
+        """Outputs, the uses of each layer, and the leaf parameters of the graph."""
+        outputs, uses, leaves = self._forward(batch)
+        if any(use.modified for layer_uses in uses.values() for use in layer_uses):
+            self.copy_inputs = True  # a later in-place operation wrote over an input; keep copies from now on
+            outputs, uses, leaves = self._forward(batch)
+        return outputs, uses, leaves
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, dict[str, list[Use]], dict[str, Tensor]]:
+        uses: dict[str, list[Use]] = {layer.name: [] for layer in self.layout.layers}
+        handles: list[RemovableHandle] = []
+        parameters = dict(self.model.named_parameters())
+        leaves = {name: parameters[name].detach().requires_grad_() for name in self.layout}
+
+        def hook_for(name: str) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+                inputs = args[0] if args else next(iter(kwargs.values()))
+                edge = get_gradient_edge(output) if output.requires_grad else None
+                kept = inputs.clone() if self.copy_inputs else inputs  # still attached: its history tells the flattened map
+                uses[name].append(Use(module, kept, kept._version, edge, output.shape))
+
+            return hook
+
+        try:
+            for name, module in self.modules.items():
+                handles.append(module.register_forward_hook(hook_for(name), with_kwargs=True))
+            with torch.inference_mode(False), torch.enable_grad():
+                outputs = functional_call(_Caller(self.model), {f"model.{k}": v for k, v in leaves.items()}, (batch.inputs,))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return outputs, uses, leaves
+
+
+class _Caller(nn.Module):
+    """Lets ``functional_call`` pass tuples and dicts of inputs the way :func:`call` does."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.training = model.training
+
+    def forward(self, inputs: Any) -> Tensor:
+        return call(self.model, inputs)
+
+
+def backward(outputs: Tensor, uses: Mapping[str, list[Use]], signal: Tensor, *, keep: bool = True) -> dict[str, list[Tensor | None]]:
+    """Score at the output of every use, for one signal at the network's outputs; None where nothing arrives."""
+    edges = [use.edge for layer_uses in uses.values() for use in layer_uses if use.edge is not None]
+    if not edges or not outputs.requires_grad:
+        return {name: [None] * len(layer_uses) for name, layer_uses in uses.items()}
+    grads = iter(torch.autograd.grad(outputs, edges, signal, retain_graph=keep, allow_unused=True))
+    return {name: [next(grads) if use.edge is not None else None for use in layer_uses] for name, layer_uses in uses.items()}
+
+
+def use_rows(layer: LayerInfo, use: Use, g: Tensor) -> Tensor:
+    """Explicit rows ``(n, r, p)`` that one use contributes; ``g`` is (n, r, …) at the module's output."""
+    x = use.inputs.detach()
+    if layer.kind == "conv":
+        return conv_rows(ConvGeometry.of(use.module), layer, x, g)
+    if layer.kind == "norm":
+        return norm_rows(use.module, layer, x, g)
+    g = g.reshape(g.shape[0], g.shape[1], -1, g.shape[-1])
+    pieces = []
+    if layer.weight:
+        pieces.append(torch.matmul(g.mT, x.reshape(x.shape[0], 1, -1, x.shape[-1])).flatten(2))
+    if layer.bias:
+        pieces.append(g.sum(2))
+    return torch.cat(pieces, dim=2)
+
+
+def flattened_map(use: Use) -> tuple[int, int, int] | None:
+    """(channels, height, width) of the map that was flattened to give a dense layer's input, from the graph; None if plain."""
+    node = use.inputs.grad_fn
+    for _ in range(8):
+        if node is None:
+            return None
+        name = type(node).__name__
+        if "View" in name or "Reshape" in name:
+            sizes = getattr(node, "_saved_self_sym_sizes", None)
+            if sizes is not None and len(sizes) == 4 and sizes[1] * sizes[2] * sizes[3] == use.inputs.shape[-1]:
+                return tuple(sizes[1:])
+        elif not any(part in name for part in _PASS_THROUGH):
+            return None
+        node = node.next_functions[0][0] if node.next_functions else None
+    return None
+
+
+def check_model(model: nn.Module, layout: Layout) -> None:
+    """Refuse what has no fixed per-example Fisher, naming the module or parameter."""
+    for name, module in model.named_modules():
+        label = f"{name or ROOT!r} ({type(module).__name__})"
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            how = "is in training mode" if module.training else "has no running statistics"
+            raise InputError(
+                f"Module {label} {how}, so it couples the examples of a batch and no per-example Fisher exists. "
+                "Call model.eval() before the analysis (and keep track_running_stats=True)."
+            )
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+            raise InputError(
+                f"Module {label} is in training mode with p={module.p}, so two passes differ and F is not one fixed matrix. Call model.eval()."
+            )
+    for layer in layout.layers:
+        if layer.kind == "other":
+            listed = ", ".join(repr(p.name) for p in layer.parameters)
+            raise UnsupportedModuleError(
+                f"No exact score rule exists yet for module {layer.name!r} of type {layer.type_name}, which owns {listed}. Supported, by exact type: "
+                f"{SUPPORTED}. Leave its parameters out with params=[...] (names or patterns of those to analyse)."
+            )
+    parameters = dict(model.named_parameters())
+    kinds = {(parameters[name].dtype, parameters[name].device) for name in layout}
+    if len(kinds) > 1 or next(iter(kinds))[0] not in (torch.float32, torch.float64):
+        raise InputError(
+            f"The selected parameters must share one device and one dtype, float32 or float64; got {sorted(map(str, kinds))}. "
+            "Use model.float() or model.double(), or select parameters with params=[...]."
+        )
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise NonFiniteError(
+                f"Parameter {name!r} holds NaN or infinity. Training probably diverged; load an earlier state or lower the learning rate."
+            )
+
+
+def probe(recorder: Recorder, batch: Batch, whole: Tensor | None = None) -> tuple[Tensor, dict[str, list[Use]]]:
+    """Run a few examples twice: the model must be deterministic, free of coupling between examples, and explained by its layers."""
+    outputs, uses, leaves = recorder.forward(batch)
+    again = recorder.forward(batch)[0]
+    scale = outputs.detach().abs().max().item() or 1.0
+    if torch.isfinite(outputs).all():
+        gap = (outputs - again).detach().abs().max().item()
+        if gap > 1e-5 * scale:
+            raise InputError(
+                f"The same examples gave two different outputs (largest difference {gap:.3g}), so F is not one fixed matrix. A module draws random "
+                "numbers in its forward; call model.eval() or fix its randomness."
+            )
+        if batch.size > 1:
+            alone = recorder.forward(batch.part(0, 1))[0]
+            gap = (outputs[:1] - alone).detach().abs().max().item()
+            if alone.shape != outputs[:1].shape or gap > 1e-3 * scale:
+                raise InputError(
+                    f"The output of an example depends on the other examples of its batch (difference {gap:.3g}), so no per-example Fisher exists. "
+                    "Look for statistics over the batch axis in the model's forward."
+                )
+    _check_explained(recorder, outputs, uses, leaves)
+    return outputs, uses
+
+
+def _check_explained(recorder: Recorder, outputs: Tensor, uses: dict[str, list[Use]], leaves: dict[str, Tensor]) -> None:
+    """A parameter's gradient must equal the sum of its layer's score rows: else it is also used outside its module."""
+    if not outputs.requires_grad or not torch.isfinite(outputs).all():
+        return
+    generator = torch.Generator().manual_seed(0)
+    signal = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs.device, outputs.dtype)
+    scores = backward(outputs, uses, signal)
+    grads = torch.autograd.grad(outputs, list(leaves.values()), signal, allow_unused=True)
+    truth = {name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in zip(leaves.items(), grads, strict=True)}
+    tolerance = 1e-3 if outputs.dtype == torch.float32 else 1e-8
+    for layer in recorder.layout.layers:
+        expected = torch.cat([truth[p.name].reshape(-1) for p in layer.parameters])
+        found = torch.zeros_like(expected)
+        for use, g in zip(uses[layer.name], scores[layer.name], strict=True):
+            if g is not None:
+                found += use_rows(layer, use, g[:, None]).sum((0, 1))
+        if (found - expected).abs().max() > tolerance * expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny):
+            raise UnsupportedModuleError(
+                f"The inputs and outputs of module {layer.name!r} ({layer.type_name}) do not account for the gradient of its parameters "
+                f"{[p.name for p in layer.parameters]}: a parameter is also used outside the module (tied to another module, or in a functional call). "
+                "Leave it out with params=[...], or route every use through the module."
+            )
+
+
+@contextmanager
+def preserved_randomness(device: torch.device) -> Iterator[None]:
+    """Put the global random states back as they were: loaders and user code may draw from them during a pass."""
+    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    cuda_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(torch_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        random.setstate(python_state)
+        if cuda_state is not None:
+            torch.cuda.set_rng_state(cuda_state, device)
