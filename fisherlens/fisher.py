@@ -202,7 +202,10 @@ class Fisher:
 
     def __matmul__(self, v: Vector) -> Vector:
         """F v for a flat ``(P,)``, a block ``(P, K)`` or a dict name → tensor; the answer has the form of the question."""
-        return self._answer(v, lambda flat: self.scores.rmatmat(self.scores.matmat(flat)).div_(self.total_weight))
+        return self._answer(v, self._product)
+
+    def _product(self, v: Tensor) -> Tensor:
+        return self.scores.rmatmat(self.scores.matmat(v).div_(self.total_weight))
 
     def _answer(self, v: Vector, function: Callable[[Tensor], Tensor]) -> Vector:
         """Apply a map of ``(P, K)`` to a vector in any of its three forms."""
@@ -222,7 +225,8 @@ class Fisher:
                 f"F @ v takes v of dtype {self.dtype} on {self.device}; got {v.dtype} on {v.device}. Convert it: v.to(F.device, F.dtype)."
             )
         v = v.detach()
-        if not torch.isfinite(v).all():
+        # one sum is a cheap first look; only where it overflows does every entry get looked at
+        if not torch.isfinite(v.sum()) and not torch.isfinite(v).all():
             raise NonFiniteError("The vector handed to F holds NaN or infinity, and so would the product. Look at where it was computed.")
         if v.ndim == 2:
             return function(v) if v.shape[1] else v.clone()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fisherlens.layout import LayerInfo
 from fisherlens.linalg.dense import self_gram
+from fisherlens.linalg.memory import Workspace
 
 # Transient memory of a chunked contraction: large enough that the matrix products dominate, small beside any budget.
 CHUNK_BYTES = 64 * 2**20
@@ -36,6 +37,10 @@ class LayerScores(ABC):
     r: int
     dtype: torch.dtype
     device: torch.device
+    workspace: Workspace = Workspace(limit=0)  # keeps nothing; a ScoreMatrix gives its layers a shared one
+
+    def _empty(self, *shape: int) -> Tensor:
+        return self.workspace.empty(shape, self.dtype, self.device)
 
     @property
     def rows(self) -> int:

@@ -14,6 +14,7 @@ from fisherlens._progress import progress as progress_bar
 from fisherlens.errors import InputError, NonFiniteError
 from fisherlens.layout import LayerInfo, Layout
 from fisherlens.likelihoods import BoundLikelihood, Likelihood
+from fisherlens.linalg.memory import zeros
 from fisherlens.scores.base import LayerScores
 from fisherlens.scores.conv import ConvGeometry, ConvScores
 from fisherlens.scores.dense import DenseScores
@@ -54,15 +55,15 @@ class _Writer:
         self.dtype, self.device = like.dtype, like.device
         self.geometry = ConvGeometry.of(uses[0].module) if layer.kind == "conv" and uses else None
         if plan.storage == "rows":
-            self.matrix = like.new_zeros(n, r, layer.size)
+            self.matrix = zeros((n, r, layer.size), like.dtype, like.device)
         elif plan.storage in ("factors", "patches"):
             d_o = uses[0].output_shape[-1] if layer.kind == "dense" else uses[0].output_shape[1]
             d_i = uses[0].inputs.shape[-1] if layer.kind == "dense" else self._patches(uses[0]).shape[2]
-            self.a = like.new_empty(n, plan.positions, d_i)
-            self.g = like.new_zeros(n, r, plan.positions, d_o)
+            self.a = zeros((n, plan.positions, d_i), like.dtype, like.device)
+            self.g = zeros((n, r, plan.positions, d_o), like.dtype, like.device)
         elif plan.storage == "convolution":
-            self.a = like.new_empty(n, *self.geometry.padded(uses[0].inputs[:1]).shape[1:])
-            self.g = like.new_zeros(n, r, *uses[0].output_shape[1:])
+            self.a = zeros((n, *self.geometry.padded(uses[0].inputs[:1]).shape[1:]), like.dtype, like.device)
+            self.g = zeros((n, r, *uses[0].output_shape[1:]), like.dtype, like.device)
 
     def _patches(self, use: Use) -> Tensor:
         return self.geometry.patches(self.geometry.padded(use.inputs.detach()))[:, 0].mT  # (n, T, d_i)

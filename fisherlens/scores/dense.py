@@ -38,24 +38,43 @@ class DenseScores(LayerScores):
         return (self.a.numel() + self.g.numel()) * self.g.itemsize
 
     def matmat(self, v: Tensor) -> Tensor:
-        n, t, k = self.n, self.t, v.shape[1]
-        vt = v.T.contiguous()  # (K, p): one matrix product serves all vectors
-        h = self.a.new_zeros(()).expand(n, t, k, self.d_o)
+        n, t, k, d_o = self.n, self.t, v.shape[1], self.d_o
+        g = self.g.reshape(n, self.r, t * d_o)
+        if k == 1:
+            h = self._outputs(v[:, 0]).view(n, 1, t * d_o)
+            return torch.bmm(h, g.mT).view(self.rows, 1)
+        z = torch.zeros(n, self.r, k, dtype=self.dtype, device=self.device)
         if self.layer.weight:
-            h = (self.a.reshape(n * t, -1) @ vt[:, : self.n_weight].reshape(k * self.d_o, -1).T).view(n, t, k, self.d_o)
+            a = self.a.reshape(n * t, self.d_i)
+            w = v[: self.n_weight].reshape(d_o, self.d_i, k)
+            step = max(1, CHUNK_BYTES // 8 // max(1, n * t * k * self.dtype.itemsize))
+            for o in range(0, d_o, step):  # chunks of units whose activations stay in the cache
+                part = w[o : o + step]
+                h = torch.bmm(a.expand(len(part), -1, -1), part, out=self._empty(len(part), n * t, k))
+                h = h.view(-1, n, t, k).permute(1, 2, 0, 3).reshape(n, -1, k)
+                z.baddbmm_(self.g[..., o : o + step].reshape(n, self.r, -1), h)
         if self.layer.bias:
-            h = h + vt[:, self.n_weight :] if not self.layer.weight else h.add_(vt[:, self.n_weight :])
-        h = h.transpose(1, 2).reshape(n, k, t * self.d_o)  # a view for t = 1 or k = 1
-        return torch.bmm(h, self.g.reshape(n, self.r, -1).mT).mT.reshape(n * self.r, k)
+            z += (self.g.sum(2) if t > 1 else self.g[:, :, 0]) @ v[self.n_weight :]
+        return z.view(self.rows, k)
+
+    def _outputs(self, v: Tensor) -> Tensor:
+        """Change of the layer's outputs along one vector, ``(n * t, d_o)``."""
+        a = self.a.reshape(self.n * self.t, self.d_i)
+        bias = v[self.n_weight :] if self.layer.bias else None
+        if not self.layer.weight:
+            return bias.expand(self.n * self.t, self.d_o)
+        weight = v[: self.n_weight].view(self.d_o, self.d_i)
+        return torch.addmm(bias, a, weight.T) if self.layer.bias else a @ weight.T
 
     def rmatmat(self, z: Tensor, out: Tensor) -> None:
         n, t, k, d_o = self.n, self.t, z.shape[1], self.d_o
-        h = torch.bmm(z.view(n, self.r, k).mT, self.g.reshape(n, self.r, -1))  # (n, K, t d_o)
-        h = h.view(n, k, t, d_o).transpose(1, 2).reshape(n * t, k, d_o)
+        g = self.g.reshape(n, self.r, t * d_o)
+        h = torch.bmm(z.view(n, self.r, k).mT, g, out=self._empty(n, k, t * d_o))
+        h = h.view(n, k, t, d_o).transpose(1, 2).reshape(n * t, k, d_o)  # a view for t = 1
         if self.layer.weight:
-            a = self.a.reshape(n * t, -1)
-            for i in range(k):  # each a full-size product written in place; one big one would need a copy of all
-                torch.mm(h[:, i].T, a, out=out[i, : self.n_weight].view(d_o, -1))
+            a = self.a.reshape(n * t, self.d_i)
+            for i in range(k):  # each a full-size product, written in place; a single one would need a copy of the answer
+                torch.mm(h[:, i].T, a, out=out[i, : self.n_weight].view(d_o, self.d_i))
         if self.layer.bias:
             out[:, self.n_weight :] = h.sum(0)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fisherlens.linalg.dense import self_gram
+from fisherlens.linalg.memory import Workspace
 from fisherlens.scores.base import LayerScores
 
 
@@ -31,6 +32,9 @@ class ScoreMatrix:
         self.dtype, self.device = layers[0].dtype, layers[0].device
         self.size = sum(layer.size for layer in layers)
         self._grams: dict[str, Tensor] = {}
+        self.workspace = Workspace()
+        for layer in self.layers:
+            layer.workspace = self.workspace
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -61,7 +65,7 @@ class ScoreMatrix:
 
     def rmatmat(self, z: Tensor) -> Tensor:
         """``(rows, K)`` → ``(P, K)``: Uᵀ Z, a transposed view of K contiguous vectors."""
-        out = torch.empty(z.shape[1], self.size, dtype=z.dtype, device=z.device)
+        out = self.workspace.empty((z.shape[1], self.size), z.dtype, z.device)
         for layer, start in zip(self.layers, self.offsets, strict=True):
             layer.rmatmat(z, out[:, start : start + layer.size])
         return out.T

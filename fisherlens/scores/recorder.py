@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -133,8 +134,9 @@ def flattened_map(use: Use) -> tuple[int, int, int] | None:
         name = type(node).__name__
         if "View" in name or "Reshape" in name:
             sizes = getattr(node, "_saved_self_sym_sizes", None)
-            if sizes is not None and len(sizes) == 4 and sizes[1] * sizes[2] * sizes[3] == use.inputs.shape[-1]:
-                return tuple(sizes[1:])
+            if sizes is not None and 3 <= len(sizes) <= 5 and math.prod(sizes[1:]) == use.inputs.shape[-1]:
+                channels, *spatial = sizes[1:]  # a line counts as height 1, a volume as depth x height
+                return (channels, math.prod(spatial[:-1]), spatial[-1])
         elif not any(part in name for part in _PASS_THROUGH):
             return None
         node = node.next_functions[0][0] if node.next_functions else None
