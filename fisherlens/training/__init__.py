@@ -1,0 +1,7 @@
+"""Problems, the training loop, and optimizers side by side."""
+
+from fisherlens.training.compare import compare_optimizers
+from fisherlens.training.loop import train
+from fisherlens.training.problems import Problem, problem, problems
+
+__all__ = ["Problem", "compare_optimizers", "problem", "problems", "train"]
