@@ -14,16 +14,18 @@ from fisherlens._progress import progress as progress_bar
 from fisherlens.errors import InputError, NonFiniteError
 from fisherlens.layout import LayerInfo, Layout
 from fisherlens.likelihoods import BoundLikelihood, Likelihood
-from fisherlens.linalg.memory import zeros
+from fisherlens.linalg.memory import Workspace, zeros
 from fisherlens.scores.base import LayerScores
 from fisherlens.scores.conv import ConvGeometry, ConvScores
 from fisherlens.scores.dense import DenseScores
 from fisherlens.scores.explicit import ExplicitScores, ZeroScores
 from fisherlens.scores.matrix import ScoreMatrix
 from fisherlens.scores.plan import LayerPlan, Plan, make_plan
-from fisherlens.scores.recorder import Recorder, Use, backward, check_model, flattened_map, preserved_randomness, probe, use_rows
+from fisherlens.scores.recorder import Recorder, Use, backward, check_model, flattened_map, parameter_rows, preserved_randomness, probe
 from fisherlens.scores.source import Source
 
+# Larger passes gain nothing on a CPU and lose the caches; on a GPU this still fills the device (our choice).
+_TRANSIENT = 192 * 2**20
 KINDS = ("exact", "mc", "empirical")
 
 
@@ -50,12 +52,12 @@ class Capture:
 class _Writer:
     """Collects one layer's scores batch by batch into what its plan asks for."""
 
-    def __init__(self, layer: LayerInfo, plan: LayerPlan, uses: list[Use], n: int, r: int, like: Tensor):
+    def __init__(self, layer: LayerInfo, plan: LayerPlan, uses: list[Use], n: int, r: int, like: Tensor, workspace: Workspace):
         self.layer, self.plan, self.n, self.r = layer, plan, n, r
-        self.dtype, self.device = like.dtype, like.device
+        self.dtype, self.device, self.workspace = like.dtype, like.device, workspace
         self.geometry = ConvGeometry.of(uses[0].module) if layer.kind == "conv" and uses else None
         if plan.storage == "rows":
-            self.matrix = zeros((n, r, layer.size), like.dtype, like.device)
+            self.pieces = [zeros((n, r, p.numel), like.dtype, like.device) for p in layer.parameters]
         elif plan.storage in ("factors", "patches"):
             d_o = uses[0].output_shape[-1] if layer.kind == "dense" else uses[0].output_shape[1]
             d_i = uses[0].inputs.shape[-1] if layer.kind == "dense" else self._patches(uses[0]).shape[2]
@@ -73,7 +75,8 @@ class _Writer:
         self.at, self.uses = at, uses
         size = at.stop - at.start
         if self.plan.storage == "rows":
-            self.buffers = [use.inputs.new_zeros(size, self.r, *use.output_shape[1:]) for use in uses]
+            shapes = [(size, self.r, *use.output_shape[1:]) for use in uses]
+            self.buffers = [self.workspace.empty(shape, self.dtype, self.device) for shape in shapes]
         elif self.plan.storage == "factors":
             self.a[at] = torch.cat([use.inputs.detach().reshape(size, -1, use.inputs.shape[-1]) for use in uses], dim=1)
         elif self.plan.storage == "patches":
@@ -86,8 +89,7 @@ class _Writer:
         storage = self.plan.storage
         if storage == "rows":
             for buffer, g in zip(self.buffers, scores, strict=True):
-                if g is not None:
-                    buffer[:, r] = g
+                buffer[:, r] = 0 if g is None else g
         elif storage == "factors":
             flat = [
                 self.g.new_zeros(len(use.inputs), *use.output_shape[1:]) if g is None else g
@@ -100,12 +102,11 @@ class _Writer:
     def finish_batch(self) -> None:
         """Turn the scores of one batch into rows where rows are kept."""
         if self.plan.storage == "rows":
-            for use, g in zip(self.uses, self.buffers, strict=True):
-                rows = use_rows(self.layer, use, g)
-                if len(self.uses) == 1:
-                    self.matrix[self.at] = rows
-                else:
-                    self.matrix[self.at] += rows
+            out = [piece[self.at] for piece in self.pieces]
+            parameter_rows(self.layer, self.uses[0], self.buffers[0], out, self.workspace)
+            for use, g in zip(self.uses[1:], self.buffers[1:], strict=True):
+                for target, piece in zip(out, parameter_rows(self.layer, use, g), strict=True):
+                    target += piece
             self.buffers = []
         self.uses = []
 
@@ -115,7 +116,7 @@ class _Writer:
         if storage == "none":
             return ZeroScores(self.layer, self.n, self.r, self.dtype, self.device)
         if storage == "rows":
-            return ExplicitScores(self.layer, self.matrix.view(self.n * self.r, -1), self.r)
+            return ExplicitScores(self.layer, [piece.view(self.n * self.r, -1) for piece in self.pieces], self.r)
         if storage == "convolution":
             return ConvScores(self.layer, self.geometry, self.a, self.g)
         return DenseScores(self.layer, self.a, self.g)
@@ -193,8 +194,10 @@ def _capture(
     recorder.layout = layout
     plan = make_plan(layout.layers, uses, n, r, budget, like.dtype)
     like = like.detach()
+    workspace = Workspace(limit=budget // 4)
     writers = {
-        layer.name: _Writer(layer, entry, uses[layer.name], n, r, like) for layer, entry in zip(layout.layers, plan, strict=True)
+        layer.name: _Writer(layer, entry, uses[layer.name], n, r, like, workspace)
+        for layer, entry in zip(layout.layers, plan, strict=True)
     }
     step = _micro_batch(uses, r, sample.size, budget, like.dtype)
     rank_per_term, output_shape = likelihood.rank_per_term(outputs.shape), outputs.shape[1:]
@@ -280,10 +283,10 @@ def _gradient_coefficients(bound: BoundLikelihood, kind: str) -> Tensor:
 
 
 def _micro_batch(uses: dict[str, list[Use]], r: int, size: int, budget: int, dtype: torch.dtype) -> int:
-    """Examples per pass such that the graph and the score buffers stay near an eighth of the budget."""
+    """Examples per pass such that the graph and the score buffers stay under 192 MiB and an eighth of the budget."""
     per_example = 0
     for layer_uses in uses.values():
         for use in layer_uses:
             kernel = math.prod(getattr(use.module, "kernel_size", (1,)))
             per_example += use.inputs.numel() // size * kernel + (r + 4) * use.output_shape.numel() // size
-    return max(1, min(4096, budget // 8 // max(1, per_example * dtype.itemsize)))
+    return max(1, min(4096, min(budget // 8, _TRANSIENT) // max(1, per_example * dtype.itemsize)))

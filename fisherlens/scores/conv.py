@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fisherlens.layout import LayerInfo
+from fisherlens.linalg.memory import Workspace
 from fisherlens.scores.base import LayerScores
 
 _CONV = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
@@ -54,7 +56,7 @@ class ConvGeometry:
         spans = zip(padded.shape[2:], self.kernel, self.stride, self.dilation, strict=True)
         return tuple((n - d * (k - 1) - 1) // s + 1 for n, k, s, d in spans)
 
-    def patches(self, padded: Tensor) -> Tensor:
+    def patches(self, padded: Tensor, workspace: Workspace | None = None) -> Tensor:
         """``(n, groups, c/groups * k, T)`` patches of a padded input, entries in the order of the weight."""
         n, c = padded.shape[:2]
         out = self.positions(padded)
@@ -62,27 +64,37 @@ class ConvGeometry:
         kernel_strides = [st * d for st, d in zip(strides[2:], self.dilation, strict=True)]
         out_strides = [st * s for st, s in zip(strides[2:], self.stride, strict=True)]
         view = padded.as_strided((n, c, *self.kernel, *out), (*strides[:2], *kernel_strides, *out_strides))
-        return view.reshape(n, self.groups, c // self.groups * math.prod(self.kernel), math.prod(out))
+        shape = (n, self.groups, c // self.groups * math.prod(self.kernel), math.prod(out))
+        if workspace is None:
+            return view.reshape(shape)
+        return workspace.empty(view.shape, view.dtype, view.device).copy_(view).view(shape)
 
 
-def conv_rows(geometry: ConvGeometry, layer: LayerInfo, x: Tensor, g: Tensor) -> Tensor:
-    """Explicit rows ``(n, r, p)`` of one use: Σ_t g_nrt ⊗ patch_nt and Σ_t g_nrt.
+def conv_rows(
+    geometry: ConvGeometry, layer: LayerInfo, x: Tensor, g: Tensor, out: Sequence[Tensor | None] = (None, None), workspace: Workspace | None = None
+) -> list[Tensor]:
+    """Explicit rows of one use, one piece per parameter: Σ_t g_nrt ⊗ patch_nt (n, r, d_o d_i) and Σ_t g_nrt (n, r, d_o).
 
-    ``x`` (n, c, …) is the input before padding, ``g`` (n, r, d_o, …) the output scores.
+    ``x`` (n, c, …) is the input before padding, ``g`` (n, r, d_o, …) the output scores; ``out`` may name where to write.
     """
     n, r, d_o = g.shape[:3]
     groups = geometry.groups
-    g = g.reshape(n, r, groups, d_o // groups, -1)
+    g = g.reshape(n, r, d_o, -1)
     pieces = []
     if layer.weight:
-        patches = geometry.patches(geometry.padded(x)).mT  # (n, groups, T, d_i)
+        patches = geometry.patches(geometry.padded(x), workspace)  # (n, groups, d_i, T)
         if groups == 1:
-            pieces.append(torch.bmm(g.reshape(n, r * d_o, -1), patches[:, 0]).view(n, r, -1))
+            target = None if out[0] is None else out[0].view(n, r * d_o, -1)
+            pieces.append(torch.bmm(g.view(n, r * d_o, -1), patches[:, 0].mT, out=target).view(n, r, -1))
         else:
-            pieces.append(torch.matmul(g, patches[:, None]).reshape(n, r, -1))
+            per_group = g.view(n, r, groups, d_o // groups, -1)
+            pieces.append(torch.matmul(per_group, patches[:, None].mT).view(n, r, -1))
     if layer.bias:
-        pieces.append(g.sum(-1).view(n, r, d_o))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+        pieces.append(g.sum(-1))
+    for piece, target in zip(pieces, out, strict=False):
+        if target is not None and piece.data_ptr() != target.data_ptr():
+            target.copy_(piece)
+    return pieces
 
 
 class ConvScores(LayerScores):
@@ -162,4 +174,4 @@ class ConvScores(LayerScores):
         g = self.g[n, r].view(len(index), 1, self.d_o, *self.positions)
         # the input is padded already
         bare = ConvGeometry(**{**vars(self.geometry), "pad": (0,) * (2 * self.geometry.dim)})
-        return conv_rows(bare, self.layer, self.x[n], g)[:, 0]
+        return torch.cat(conv_rows(bare, self.layer, self.x[n], g), dim=2)[:, 0]

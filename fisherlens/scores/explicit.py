@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -11,41 +14,59 @@ from fisherlens.scores.base import LayerScores
 
 
 class ExplicitScores(LayerScores):
-    """A layer's scores as the matrix U_l itself, shape ``(n * r, p)``."""
+    """A layer's scores as the matrix U_l itself, one piece ``(n * r, numel)`` per parameter.
+
+    Pieces rather than one matrix, because a batch of rows can then be computed straight into its place.
+    """
 
     path = "explicit"
 
-    def __init__(self, layer: LayerInfo, matrix: Tensor, r: int):
+    def __init__(self, layer: LayerInfo, pieces: Sequence[Tensor], r: int):
         self.layer = layer
-        self.matrix = matrix
+        self.pieces = tuple(pieces)
         self.r = r
-        self.n = matrix.shape[0] // r
-        self.dtype, self.device = matrix.dtype, matrix.device
+        self.n = pieces[0].shape[0] // r
+        self.dtype, self.device = pieces[0].dtype, pieces[0].device
+        stops = list(accumulate(piece.shape[1] for piece in pieces))
+        self.slices = [slice(stop - piece.shape[1], stop) for stop, piece in zip(stops, pieces, strict=True)]
 
     @property
     def nbytes(self) -> int:
-        return self.matrix.numel() * self.matrix.itemsize
+        return sum(piece.numel() * piece.itemsize for piece in self.pieces)
 
     def matmat(self, v: Tensor) -> Tensor:
-        return self.matrix @ v
+        out = self.pieces[0] @ v[self.slices[0]]
+        for piece, at in zip(self.pieces[1:], self.slices[1:], strict=True):
+            out.addmm_(piece, v[at])
+        return out
 
     def rmatmat(self, z: Tensor, out: Tensor) -> None:
-        if z.shape[1] == 1:
-            torch.mv(self.matrix.T, z[:, 0], out=out[0])
-        else:
-            torch.mm(z.T, self.matrix, out=out)
+        for piece, at in zip(self.pieces, self.slices, strict=True):
+            if z.shape[1] == 1:
+                torch.mv(piece.T, z[:, 0], out=out[0, at])
+            else:
+                torch.mm(z.T, piece, out=out[:, at])
 
     def gram(self) -> Tensor:
-        return self_gram(self.matrix)
+        out = self_gram(self.pieces[0])
+        for piece in self.pieces[1:]:
+            out += self_gram(piece)
+        return out
 
     def diagonal(self) -> Tensor:
-        return torch.linalg.vector_norm(self.matrix, dim=0).square()
+        return torch.cat([torch.linalg.vector_norm(piece, dim=0).square() for piece in self.pieces])
 
     def columns(self, index: Tensor) -> Tensor:
-        return self.matrix[:, index]
+        out = torch.empty(self.rows, len(index), dtype=self.dtype, device=self.device)
+        for piece, at in zip(self.pieces, self.slices, strict=True):
+            here = (index >= at.start) & (index < at.stop)
+            if here.all():
+                return piece[:, index - at.start]
+            out[:, here] = piece[:, index[here] - at.start]
+        return out
 
     def rows_at(self, index: Tensor) -> Tensor:
-        return self.matrix[index]
+        return torch.cat([piece[index] for piece in self.pieces], dim=1)
 
 
 class ZeroScores(LayerScores):

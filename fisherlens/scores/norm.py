@@ -18,8 +18,8 @@ def normalised_input(module: nn.Module, x: Tensor) -> Tensor:
     return functional.batch_norm(x, module.running_mean, module.running_var, eps=module.eps, training=False)
 
 
-def norm_rows(module: nn.Module, layer: LayerInfo, x: Tensor, g: Tensor) -> Tensor:
-    """Explicit rows ``(n, r, p)`` of one use; ``x`` (n, …) is the module's input and ``g`` (n, r, …) its output scores."""
+def norm_rows(module: nn.Module, layer: LayerInfo, x: Tensor, g: Tensor) -> list[Tensor]:
+    """Explicit rows of one use, ``(n, r, p)`` per parameter; ``x`` (n, …) is the module's input and ``g`` (n, r, …) its output scores."""
     xhat = normalised_input(module, x)[:, None]
     if isinstance(module, nn.LayerNorm):
         keep = len(module.normalized_shape)
@@ -35,4 +35,4 @@ def norm_rows(module: nn.Module, layer: LayerInfo, x: Tensor, g: Tensor) -> Tens
         pieces.append(reduced(g * xhat))
     if layer.bias:
         pieces.append(reduced(g))
-    return torch.cat(pieces, dim=2)
+    return pieces

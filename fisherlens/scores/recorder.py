@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fisherlens.errors import InputError, NonFiniteError, UnsupportedModuleError
 from fisherlens.layout import ROOT, LayerInfo, Layout
+from fisherlens.linalg.memory import Workspace
 from fisherlens.scores.conv import ConvGeometry, conv_rows
 from fisherlens.scores.norm import norm_rows
 from fisherlens.scores.source import Batch, call
@@ -109,20 +110,31 @@ def backward(outputs: Tensor, uses: Mapping[str, list[Use]], signal: Tensor, *, 
     return {name: [next(grads) if use.edge is not None else None for use in layer_uses] for name, layer_uses in uses.items()}
 
 
-def use_rows(layer: LayerInfo, use: Use, g: Tensor) -> Tensor:
-    """Explicit rows ``(n, r, p)`` that one use contributes; ``g`` is (n, r, …) at the module's output."""
+def parameter_rows(
+    layer: LayerInfo, use: Use, g: Tensor, out: Sequence[Tensor | None] = (None, None), workspace: Workspace | None = None
+) -> list[Tensor]:
+    """Explicit rows that one use contributes, ``(n, r, numel)`` per parameter; ``g`` is (n, r, …) at the module's output."""
     x = use.inputs.detach()
     if layer.kind == "conv":
-        return conv_rows(ConvGeometry.of(use.module), layer, x, g)
+        return conv_rows(ConvGeometry.of(use.module), layer, x, g, out, workspace)
     if layer.kind == "norm":
-        return norm_rows(use.module, layer, x, g)
-    g = g.reshape(g.shape[0], g.shape[1], -1, g.shape[-1])
-    pieces = []
-    if layer.weight:
-        pieces.append(torch.matmul(g.mT, x.reshape(x.shape[0], 1, -1, x.shape[-1])).flatten(2))
-    if layer.bias:
-        pieces.append(g.sum(2))
-    return torch.cat(pieces, dim=2)
+        pieces = norm_rows(use.module, layer, x, g)
+    else:
+        g = g.reshape(g.shape[0], g.shape[1], -1, g.shape[-1])
+        pieces = []
+        if layer.weight:
+            pieces.append(torch.matmul(g.mT, x.reshape(x.shape[0], 1, -1, x.shape[-1])).flatten(2))
+        if layer.bias:
+            pieces.append(g.sum(2))
+    for piece, target in zip(pieces, out, strict=False):
+        if target is not None:
+            target.copy_(piece)
+    return pieces
+
+
+def use_rows(layer: LayerInfo, use: Use, g: Tensor) -> Tensor:
+    """The same rows over all parameters of the layer, ``(n, r, p)``."""
+    return torch.cat(parameter_rows(layer, use, g), dim=2)
 
 
 def flattened_map(use: Use) -> tuple[int, int, int] | None:
