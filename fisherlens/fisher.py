@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -144,7 +145,7 @@ class Fisher:
         self.total_weight: float = found.total_weight
         self._kept_terms, self._rank_per_term = found.kept_terms, found.rank_per_term
         self._gradient, self._gradient_coefficients = found.gradient, found.gradient_coefficients
-        self._sample_coefficients = found.sample_coefficients
+        self._bound = found.bound
         self._factors: dict[tuple[str, float], Tensor] = {}
         parameters = dict(model.named_parameters())
         self.parameters = torch.cat([parameters[name].detach().reshape(-1) for name in self.layout]).clone()
@@ -373,7 +374,42 @@ class Fisher:
         z = torch.cholesky_solve(d.double()[:, None], self._factor("gram", damping)) / self.total_weight
         return self.scores.rmatmat(z.to(self.dtype))[:, 0]
 
+    def single_sample(self, seed: int) -> ScoreMatrix:
+        """Score rows with R = 1: at labels drawn from the model for the exact kind, the first draw for mc, as they are for empirical.
+
+        For the exact kind this is a combination of the captured columns, not another pass over the data.
+        """
+        c = torch.zeros(self.n_data, self.n_columns, dtype=self.dtype, device=self.device)
+        if self.kind == "exact":
+            generator = torch.Generator().manual_seed(seed)
+            drawn = [
+                bound.sampled_coefficients(torch.rand(len(bound.weight), bound.num_uniforms, generator=generator, dtype=torch.float64))
+                for bound in self._bound
+            ]
+            c = torch.cat(drawn)
+        elif self.kind == "mc":
+            c[:, 0] = self.n_columns**0.5
+        else:
+            c[:] = 1
+        return self.scores.contract(c)
+
     # --- views -------------------------------------------------------------------------------------------------------
+
+    def restrict(self, layers: str | Sequence[str]) -> Fisher:
+        """The Fisher of some layers alone (a diagonal block of F, couplings between them included), sharing the captured scores."""
+        names = [layers] if isinstance(layers, str) else list(layers)
+        if not names:
+            raise InputError("restrict takes at least one layer name; print(F.layout) lists them.")
+        kept = [layer for layer in self.layout.layers if layer in {self.layout.layer(name) for name in names}]
+        index = torch.cat([torch.arange(layer.start, layer.stop) for layer in kept]).to(self.device)
+        part = copy.copy(self)
+        part.layout = self.layout.restrict([layer.name for layer in kept])
+        part.plan = Plan([self.plan[layer.name] for layer in kept], self.n_data, self.n_columns, self.plan.budget)
+        part.scores = self.scores.restrict([layer.name for layer in kept])
+        part.parameters = self.parameters[index]
+        part._gradient = None if self._gradient is None else self._gradient[index]
+        part._factors = {}
+        return part
 
     def damped(self, damping: float) -> DampedFisher:
         """F + λI as a lazy operator; F itself stays as it is."""

@@ -147,6 +147,18 @@ class Layout:
         ]
         return Layout(layers)
 
+    def restrict(self, names: Sequence[str]) -> Layout:
+        """The layout of some layers alone, in the same order, counted from 0."""
+        wanted = {self.layer(name).name for name in names}
+        layers, start = [], 0
+        for layer in self.layers:
+            if layer.name in wanted:
+                moved = {p.name: replace(p, start=p.start - layer.start + start) for p in layer.parameters}
+                weight, bias = (None if p is None else moved[p.name] for p in (layer.weight, layer.bias))
+                layers.append(replace(layer, parameters=tuple(moved.values()), weight=weight, bias=bias))
+                start += layer.size
+        return Layout(layers)
+
     @property
     def n_params(self) -> int:
         return self.parameters[-1].stop

@@ -12,7 +12,8 @@ from fisherlens.scores.matrix import ScoreMatrix
 
 
 class Blocks(Protocol):
-    """What a batch of blocks answers; vectors are ``(P, K)``, and only the blocks' own entries of ``out`` are written."""
+    """What a batch of blocks answers. Vectors are ``(p, K)`` over the piece of the flat vector that the indices count from;
+    only the blocks' own entries of ``out`` are written."""
 
     storage_entries: int
 
@@ -22,9 +23,18 @@ class Blocks(Protocol):
 
     def log_determinant(self, damping: float) -> float: ...
 
+    def effective_dimension(self, damping: float) -> Tensor: ...
+
     def squared_norm(self) -> float: ...
 
     def matrices_at(self) -> list[tuple[Tensor, Tensor]]: ...
+
+
+def _kept_trace(factor: Tensor, damping: float) -> Tensor:
+    """tr M (M + λI)⁻¹ = n - λ tr (M + λI)⁻¹ from Cholesky factors ``(..., n, n)``; zero eigenvalues add nothing."""
+    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    half = torch.linalg.solve_triangular(factor, identity.expand(factor.shape), upper=False)
+    return (factor.shape[-1] - damping * half.square().sum((-2, -1))).reshape(-1)
 
 
 class MomentBlocks:
@@ -33,7 +43,7 @@ class MomentBlocks:
     Parameters
     ----------
     index
-        Flat indices of the blocks, ``(B, s)``.
+        Indices of the blocks, ``(B, s)``.
     matrices
         The blocks, ``(B, s, s)``.
     """
@@ -70,6 +80,13 @@ class MomentBlocks:
             return torch.log1p(self.matrices.double() / damping).sum().item()
         logs = self.factor(damping).diagonal(dim1=-2, dim2=-1).log()
         return (2 * logs.sum() - self.index.numel() * torch.tensor(damping, dtype=torch.float64).log()).item()
+
+    def effective_dimension(self, damping: float) -> Tensor:
+        """tr M_b (M_b + λI)⁻¹ of each block, ``(B,)``."""
+        if self.index.shape[1] == 1:
+            values = self.matrices[:, 0, 0].double()
+            return values / (values + damping)
+        return _kept_trace(self.factor(damping), damping)
 
     def squared_norm(self) -> float:
         """Σ_b of the squared Frobenius norms."""
@@ -117,6 +134,10 @@ class RowBlocks:
         logs = self._cholesky(damping).diagonal(dim1=-2, dim2=-1).log()
         return (2 * logs.sum() - self.gram.shape[0] * self.gram.shape[1] * torch.tensor(damping, dtype=torch.float64).log()).item()
 
+    def effective_dimension(self, damping: float) -> Tensor:
+        """tr M_b (M_b + λI)⁻¹ of each block, ``(B,)``."""
+        return _kept_trace(self._cholesky(damping), damping)
+
     def squared_norm(self) -> float:
         """Σ_b of the squared Frobenius norms."""
         return torch.linalg.vector_norm(self.gram).square().item()
@@ -130,16 +151,13 @@ class ScoreBlock:
 
     Parameters
     ----------
-    start
-        First flat index.
     scores
         The score matrix of the block's columns.
     total_weight
         W, the divisor of UᵀU.
     """
 
-    def __init__(self, start: int, scores: ScoreMatrix, total_weight: float):
-        self.at = slice(start, start + scores.size)
+    def __init__(self, scores: ScoreMatrix, total_weight: float):
         self.scores, self.total_weight = scores, total_weight
         self._factor: tuple[float, Tensor] | None = None
 
@@ -148,7 +166,7 @@ class ScoreBlock:
         return self.scores.rows**2
 
     def product(self, v: Tensor, out: Tensor) -> None:
-        out[self.at] = self.scores.rmatmat(self.scores.matmat(v[self.at])) / self.total_weight
+        out.copy_(self.scores.rmatmat(self.scores.matmat(v) / self.total_weight))
 
     def _cholesky(self, damping: float) -> Tensor:
         if self._factor is None or self._factor[0] != damping:
@@ -157,19 +175,22 @@ class ScoreBlock:
         return self._factor[1]
 
     def solve(self, v: Tensor, damping: float, out: Tensor) -> None:
-        part = v[self.at]
-        z = torch.cholesky_solve(self.scores.matmat(part).double(), self._cholesky(damping)) / self.total_weight
-        out[self.at] = (part - self.scores.rmatmat(z.to(v.dtype))) / damping
+        z = torch.cholesky_solve(self.scores.matmat(v).double(), self._cholesky(damping)) / self.total_weight
+        out.copy_((v - self.scores.rmatmat(z.to(v.dtype))) / damping)
 
     def log_determinant(self, damping: float) -> float:
         """log det(I + M/λ)."""
         logs = self._cholesky(damping).diagonal().log()
         return (2 * logs.sum() - self.scores.rows * torch.tensor(damping, dtype=torch.float64).log()).item()
 
+    def effective_dimension(self, damping: float) -> Tensor:
+        """tr M_b (M_b + λI)⁻¹ of each block, ``(B,)``."""
+        return _kept_trace(self._cholesky(damping), damping)
+
     def squared_norm(self) -> float:
         """Squared Frobenius norm of the block."""
         return (torch.linalg.vector_norm(self.scores.full_gram().double()) / self.total_weight).square().item()
 
     def matrices_at(self) -> list[tuple[Tensor, Tensor]]:
-        index = torch.arange(self.at.start, self.at.stop, device=self.scores.device)
+        index = torch.arange(self.scores.size, device=self.scores.device)
         return [(index, self.scores.dense() / self.total_weight)]

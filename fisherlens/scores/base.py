@@ -71,6 +71,10 @@ class LayerScores(ABC):
     def rows_at(self, index: Tensor) -> Tensor:
         """Explicit rows of U_l, ``(len(index), p)``: for small uses and for tests."""
 
+    @abstractmethod
+    def contract(self, coefficients: Tensor) -> LayerScores:
+        """One row per example, Σ_r c_nr u_nr, for coefficients ``(n, r)``: the scores at sampled labels, say."""
+
     def gram(self) -> Tensor:
         """``(rows, rows)``: U_l U_lᵀ, by column chunks."""
         total = torch.zeros(self.rows, self.rows, dtype=self.dtype, device=self.device)

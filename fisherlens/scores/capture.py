@@ -35,7 +35,7 @@ class Capture:
 
     ``gradient`` is the mean gradient of the negative log-likelihood and ``gradient_coefficients`` (rows,) its row-space form
     W g = Uᵀ d; both are None where targets are missing, the second also for sampled labels.
-    ``sample_coefficients`` (draws, rows) turns the rows of an exact kind into rows at sampled labels.
+    ``bound`` is the likelihood at the outputs of each batch, from which labels can be drawn again.
     """
 
     layout: Layout
@@ -46,7 +46,7 @@ class Capture:
     rank_per_term: int
     gradient: Tensor | None
     gradient_coefficients: Tensor | None
-    sample_coefficients: Tensor | None
+    bound: list[BoundLikelihood]
 
 
 class _Writer:
@@ -204,7 +204,7 @@ def _capture(
 
     generator = torch.Generator().manual_seed(seed)
     gradient: Tensor | None = torch.zeros(layout.n_params, dtype=torch.float64, device=like.device)
-    coefficients, sampled, weights, kept = [], [], [], []
+    coefficients, bounds, weights, kept = [], [], [], []
     done = 0
     with progress_bar(n, desc="Fisher scores", enabled=progress) as bar:
         for whole in source.batches():
@@ -231,8 +231,7 @@ def _capture(
                 if gradient is not None:
                     gradient += _batch_gradient(outputs, leaves, bound)
                     coefficients.append(_gradient_coefficients(bound, kind))
-                if kind == "exact":
-                    sampled.append(torch.stack([bound.sampled_coefficients(uniforms[..., s]) for s in range(mc_samples)]))
+                bounds.append(bound)
                 weights.append(bound.weight)
                 kept.append(_kept(bound, kind, mc_samples))
                 done += batch.size
@@ -257,7 +256,7 @@ def _capture(
         rank_per_term,
         None if gradient is None else (gradient / total).to(like.dtype),
         torch.cat(coefficients).reshape(-1) if gradient is not None and kind != "mc" else None,
-        torch.cat(sampled, dim=1).flatten(1) if sampled else None,
+        bounds,
     )
 
 

@@ -175,3 +175,7 @@ class ConvScores(LayerScores):
         # the input is padded already
         bare = ConvGeometry(**{**vars(self.geometry), "pad": (0,) * (2 * self.geometry.dim)})
         return torch.cat(conv_rows(bare, self.layer, self.x[n], g), dim=2)[:, 0]
+
+    def contract(self, coefficients: Tensor) -> ConvScores:
+        g = torch.einsum("nr,nrot->not", coefficients, self.g).view(self.n, 1, self.d_o, *self.positions)
+        return ConvScores(self.layer, self.geometry, self.x, g)

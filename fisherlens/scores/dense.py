@@ -152,6 +152,9 @@ class DenseScores(LayerScores):
             pieces.append(g.sum(1))
         return torch.cat(pieces, dim=1)
 
+    def contract(self, coefficients: Tensor) -> DenseScores:
+        return DenseScores(self.layer, self.a, torch.einsum("nr,nrto->nto", coefficients, self.g)[:, None])
+
     def _within_units(self, index: Tensor) -> bool:
         unit, _ = self._split(index)
         return self.t == 1 and bool((unit == unit[:, :1]).all())

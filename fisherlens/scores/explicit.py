@@ -68,6 +68,10 @@ class ExplicitScores(LayerScores):
     def rows_at(self, index: Tensor) -> Tensor:
         return torch.cat([piece[index] for piece in self.pieces], dim=1)
 
+    def contract(self, coefficients: Tensor) -> ExplicitScores:
+        c = coefficients[:, None]
+        return ExplicitScores(self.layer, [torch.bmm(c, p.view(self.n, self.r, -1))[:, 0] for p in self.pieces], 1)
+
 
 class ZeroScores(LayerScores):
     """A layer that was never called: all its scores are zero, and nothing is kept."""
@@ -101,3 +105,6 @@ class ZeroScores(LayerScores):
 
     def rows_at(self, index: Tensor) -> Tensor:
         return self._zeros(len(index), self.size)
+
+    def contract(self, coefficients: Tensor) -> ZeroScores:
+        return ZeroScores(self.layer, self.n, 1, self.dtype, self.device)

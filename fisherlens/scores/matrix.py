@@ -51,6 +51,11 @@ class ScoreMatrix:
         part._grams = self._grams
         return part
 
+    def contract(self, coefficients: Tensor) -> ScoreMatrix:
+        """One row per example, Σ_r c_nr u_nr, for coefficients ``(n, r)``."""
+        kept = None if self.kept is None else self.kept.view(self.n, self.r).any(1)
+        return ScoreMatrix([layer.contract(coefficients) for layer in self.layers], kept)
+
     def __getitem__(self, name: str) -> LayerScores:
         return next(layer for layer in self.layers if layer.layer.name == name)
 

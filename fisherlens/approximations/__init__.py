@@ -1,0 +1,6 @@
+"""Structured stand-ins for the Fisher, built from the same captured scores."""
+
+from fisherlens.approximations.block_diagonal import BlockDiagonal
+from fisherlens.approximations.blocks import MomentBlocks, RowBlocks, ScoreBlock
+
+__all__ = ["BlockDiagonal", "MomentBlocks", "RowBlocks", "ScoreBlock"]

@@ -1,0 +1,186 @@
+"""The Fisher with every coupling between blocks dropped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherlens.approximations.blocks import Blocks, MomentBlocks, RowBlocks, ScoreBlock
+from fisherlens.errors import InputError, MemoryBudgetError, readable_bytes
+from fisherlens.fisher import Fisher, check_damping
+from fisherlens.partitions import BlockGroup, Partition, partition as make_partition
+
+
+class BlockDiagonal:
+    r"""Block-diagonal part of F on a partition of the parameters.
+
+    .. math:: F_b = \mathrm{diag}(F_{11}, \dots, F_{BB}), \qquad F_{bb} = U_b^\top U_b / W
+
+    Blocks of one size are one batch. A block larger than the number of its score rows is kept as those rows, and a block
+    that is a whole layer as its Gram matrix, so that no block costs more than the smaller of its two sides.
+
+    Parameters
+    ----------
+    F
+        The Fisher operator.
+    partition
+        A scheme name, a :class:`Partition` of F's parameters, or a dict label → indices.
+
+    Raises
+    ------
+    InputError: a partition of another model. MemoryBudgetError: blocks over the budget of F; names the partition.
+
+    Examples
+    --------
+    >>> import torch, fisherlens as fl
+    >>> F = fl.Fisher(torch.nn.Linear(3, 2), (torch.eye(3), torch.tensor([0, 1, 0])), likelihood="categorical")
+    >>> B = fl.BlockDiagonal(F, "unit")
+    >>> B.solve(F.gradient(), damping=1e-3).shape
+    torch.Size([8])
+    """
+
+    def __init__(self, F: Fisher, partition: Any):
+        self.partition: Partition = make_partition(F, partition)
+        if self.partition.layout != F.layout:
+            raise InputError(
+                f"The partition covers {self.partition.layout.n_params} parameters of another layout; F has {F.n_params}. "
+                "Build it from this operator: fl.partition(F, scheme)."
+            )
+        self.shape, self.layout, self.dtype, self.device = F.shape, F.layout, F.dtype, F.device
+        self._fisher = F
+        needed = sum(_entries(F, group) for group in self.partition.groups) * F.dtype.itemsize
+        if needed > F.memory:
+            raise MemoryBudgetError(
+                f"The blocks of partition {self.partition.scheme!r} need {readable_bytes(needed)}, over the budget of {readable_bytes(F.memory)} (largest "
+                f"block: {self.partition.largest_block} parameters). Choose a finer partition, look at single layers with F.restrict(name), "
+                "or raise memory= of the Fisher."
+            )
+        self._parts = [(group.layer, *_build(F, group)) for group in self.partition.groups]
+
+    @property
+    def n_params(self) -> int:
+        """Parameters covered, P."""
+        return self.shape[0]
+
+    @property
+    def storage_bytes(self) -> int:
+        """Bytes that the blocks hold as they are kept here."""
+        return sum(blocks.storage_entries for _, _, blocks in self._parts) * self.dtype.itemsize
+
+    def restrict(self, layer: str) -> BlockDiagonal:
+        """The part on one layer, of ``F.restrict(layer)``; blocks that cross layers are cut at its border."""
+        info = self.layout.layer(layer)
+        part = object.__new__(BlockDiagonal)
+        part._fisher = self._fisher.restrict(layer)
+        part.layout, part.dtype, part.device = part._fisher.layout, self.dtype, self.device
+        part.shape = (info.size, info.size)
+        if all(owner is not None for owner, _, _ in self._parts):
+            part.partition = self.partition.restrict(layer)
+            part._parts = [(owner, slice(0, info.size), blocks) for owner, _, blocks in self._parts if owner == layer]
+            return part
+        cut = self.partition.restrict(layer)
+        return BlockDiagonal(part._fisher, {label: block - info.start for label, block in zip(cut.labels, cut.blocks, strict=True)})
+
+    def _apply(self, v: Tensor, act: Any) -> Tensor:
+        def function(flat: Tensor) -> Tensor:
+            out = torch.zeros(flat.shape, dtype=flat.dtype, device=flat.device)
+            for _, at, blocks in self._parts:
+                act(blocks, flat[at], out[at])
+            return out
+
+        return self._fisher._answer(v, function)
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """F_b v, in the form of v."""
+        return self._apply(v, lambda blocks, part, out: blocks.product(part, out))
+
+    def solve(self, v: Tensor, damping: float) -> Tensor:
+        """(F_b + λI)⁻¹ v, block by block, in the form of v."""
+        damping = check_damping(damping)
+        return self._apply(v, lambda blocks, part, out: blocks.solve(part, damping, out))
+
+    def log_determinant(self, damping: float) -> float:
+        """Σ_b log det(I + F_bb/λ)."""
+        damping = check_damping(damping)
+        return sum(blocks.log_determinant(damping) for _, _, blocks in self._parts)
+
+    def effective_dimension(self, damping: float) -> Tensor:
+        """tr F_bb (F_bb + λI)⁻¹ of every block, in the partition's order, float64."""
+        damping = check_damping(damping)
+        out = torch.zeros(self.partition.num_blocks, dtype=torch.float64, device=self.device)
+        for group, (_, _, blocks) in zip(self.partition.groups, self._parts, strict=True):
+            out[group.block_ids.to(self.device)] = blocks.effective_dimension(damping)
+        return out
+
+    def squared_norm(self) -> float:
+        """Σ_b of the blocks' squared Frobenius norms."""
+        return sum(blocks.squared_norm() for _, _, blocks in self._parts)
+
+    def dense(self, max_params: int = 5000) -> Tensor:
+        """The matrix, ``(P, P)``; refused above ``max_params``."""
+        if self.n_params > max_params:
+            size = readable_bytes(self.n_params**2 * self.dtype.itemsize)
+            raise MemoryBudgetError(f"BlockDiagonal.dense() of {self.n_params} parameters would take {size}; raise max_params to allow it.")
+        out = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        for _, at, blocks in self._parts:
+            for index, matrix in blocks.matrices_at():
+                where = index + at.start
+                out[where[:, None], where] = matrix
+        return out
+
+    def __repr__(self) -> str:
+        return f"BlockDiagonal({self.partition.scheme!r}, {self.partition.num_blocks} blocks, P={self.n_params}, {readable_bytes(self.storage_bytes)})"
+
+
+def _is_whole(F: Fisher, group: BlockGroup) -> bool:
+    """Whether a group is one block with all parameters of a layer, in order."""
+    if group.layer is None or len(group) != 1:
+        return False
+    layer = F.layout.layer(group.layer)
+    return group.size == layer.size and bool((group.index[0] == torch.arange(layer.start, layer.stop)).all())
+
+
+def _relative(F: Fisher, group: BlockGroup) -> tuple[slice, Tensor, Any]:
+    """The piece of the flat vector a group lives in, its indices there, and the scores to ask."""
+    if group.layer is None:
+        return slice(0, F.n_params), group.index.to(F.device), None
+    layer = F.layout.layer(group.layer)
+    return slice(layer.start, layer.stop), (group.index - layer.start).to(F.device), F.scores[group.layer]
+
+
+def _rows_needed(F: Fisher, group: BlockGroup) -> int:
+    _, index, scores = _relative(F, group)
+    return F.scores.rows if scores is None else scores.block_row_count(index)
+
+
+def _entries(F: Fisher, group: BlockGroup) -> int:
+    if group.size == 1:
+        return len(group)
+    rows = _rows_needed(F, group)
+    if group.size <= rows:
+        return len(group) * group.size**2
+    if _is_whole(F, group):
+        return F.scores.rows**2
+    return len(group) * (rows * group.size + rows**2)
+
+
+def _build(F: Fisher, group: BlockGroup) -> tuple[slice, Blocks]:
+    at, index, scores = _relative(F, group)
+    if group.size == 1:
+        diagonal = F.diagonal()[at] if scores is None else scores.diagonal() / F.total_weight
+        return at, MomentBlocks(index, diagonal[index[:, 0], None, None])
+    if group.size > _rows_needed(F, group):
+        if _is_whole(F, group):
+            return at, ScoreBlock(F.scores.restrict([group.layer]), F.total_weight)
+        rows = _cross_rows(F, index) if scores is None else scores.block_rows(index)
+        return at, RowBlocks(index, rows / F.total_weight**0.5)
+    if scores is None:
+        rows = _cross_rows(F, index)
+        return at, MomentBlocks(index, torch.bmm(rows.mT, rows) / F.total_weight)
+    return at, MomentBlocks(index, scores.moments(index).div_(F.total_weight))
+
+
+def _cross_rows(F: Fisher, index: Tensor) -> Tensor:
+    return F.scores.columns(index.reshape(-1)).reshape(F.scores.rows, *index.shape).transpose(0, 1)
