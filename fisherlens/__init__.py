@@ -1,7 +1,78 @@
 """fisherlens: what the Fisher information of a network on data looks like, and whether training agrees."""
 
-from fisherlens._version import __version__
-from fisherlens.fisher import Fisher
-from fisherlens.likelihoods import Bernoulli, Categorical, Gaussian
+from __future__ import annotations
 
-__all__ = ["Bernoulli", "Categorical", "Fisher", "Gaussian", "__version__"]
+import importlib
+from typing import Any
+
+from fisherlens import errors
+from fisherlens._version import __version__
+from fisherlens.approximations import BlockDiagonal
+from fisherlens.coupling import coupling
+from fisherlens.errors import (
+    ConvergenceWarning,
+    FileFormatError,
+    FisherLensError,
+    InputError,
+    MemoryBudgetError,
+    NonFiniteError,
+    NumericalWarning,
+    UnsupportedModuleError,
+)
+from fisherlens.fisher import Fisher
+from fisherlens.independence import independence
+from fisherlens.information import information
+from fisherlens.likelihoods import Bernoulli, Categorical, Gaussian
+from fisherlens.partitions import Partition, partition
+from fisherlens.results import load, save
+from fisherlens.spectrum import effective_dimension, log_determinant, spectrum
+from fisherlens.training import Problem, compare_optimizers, problem, problems, train
+
+__all__ = [
+    # the operator
+    "Fisher",
+    "Categorical",
+    "Bernoulli",
+    "Gaussian",
+    # spectra
+    "spectrum",
+    "effective_dimension",
+    "log_determinant",
+    # blocks and their independence
+    "partition",
+    "Partition",
+    "coupling",
+    "independence",
+    "BlockDiagonal",
+    # parameter space
+    "information",
+    # training
+    "problem",
+    "problems",
+    "Problem",
+    "train",
+    "compare_optimizers",
+    # results
+    "save",
+    "load",
+    "plot",
+    # errors and warnings
+    "errors",
+    "FisherLensError",
+    "InputError",
+    "NonFiniteError",
+    "UnsupportedModuleError",
+    "MemoryBudgetError",
+    "FileFormatError",
+    "ConvergenceWarning",
+    "NumericalWarning",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load plotting on first use: matplotlib is not needed by analyses."""
+    if name == "plot":
+        return importlib.import_module("fisherlens.plots")
+    message = f"module 'fisherlens' has no attribute {name!r}"
+    raise AttributeError(message)

@@ -278,5 +278,7 @@ def _select(model: nn.Module, params: Sequence[str] | str | None) -> dict[str, n
             raise InputError(errors.UNKNOWN_NAME.format(what="parameter or pattern", name=pattern, hint=hint))
         chosen_names.update(hits)
     if not chosen_names:
-        raise InputError("params is an empty list, so there is nothing to analyse. Pass None for all that require grad.")
+        raise InputError(
+            "params is an empty list, so there is nothing to analyse. Pass None for all that require grad."
+        )
     return {name: p for name, p in every.items() if name in chosen_names}

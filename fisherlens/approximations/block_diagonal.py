@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +12,8 @@ from torch import Tensor
 from fisherlens.approximations.blocks import Blocks, MomentBlocks, RowBlocks, ScoreBlock
 from fisherlens.errors import InputError, MemoryBudgetError, readable_bytes
 from fisherlens.fisher import Fisher, check_damping
-from fisherlens.partitions import BlockGroup, Partition, partition as make_partition
+from fisherlens.partitions import BlockGroup, Partition
+from fisherlens.partitions import partition as make_partition
 
 
 class BlockDiagonal:
@@ -48,16 +51,19 @@ class BlockDiagonal:
                 f"The partition covers {self.partition.layout.n_params} parameters of another layout; F has {F.n_params}. "
                 "Build it from this operator: fl.partition(F, scheme)."
             )
+        self._take(F, self.partition, self.partition.groups)
+
+    def _take(self, F: Fisher, partition: Partition, groups: Sequence[BlockGroup]) -> None:
+        self.partition, self._groups, self._fisher = partition, groups, F
         self.shape, self.layout, self.dtype, self.device = F.shape, F.layout, F.dtype, F.device
-        self._fisher = F
-        needed = sum(_entries(F, group) for group in self.partition.groups) * F.dtype.itemsize
+        needed = sum(_entries(F, group) for group in groups) * F.dtype.itemsize
         if needed > F.memory:
             raise MemoryBudgetError(
-                f"The blocks of partition {self.partition.scheme!r} need {readable_bytes(needed)}, over the budget of {readable_bytes(F.memory)} (largest "
-                f"block: {self.partition.largest_block} parameters). Choose a finer partition, look at single layers with F.restrict(name), "
+                f"The blocks of partition {partition.scheme!r} need {readable_bytes(needed)}, over the budget of {readable_bytes(F.memory)} (largest "
+                f"block: {partition.largest_block} parameters). Choose a finer partition, look at single layers with F.restrict(name), "
                 "or raise memory= of the Fisher."
             )
-        self._parts = [(group.layer, *_build(F, group)) for group in self.partition.groups]
+        self._parts = [_build(F, group) for group in groups]
 
     @property
     def n_params(self) -> int:
@@ -67,26 +73,23 @@ class BlockDiagonal:
     @property
     def storage_bytes(self) -> int:
         """Bytes that the blocks hold as they are kept here."""
-        return sum(blocks.storage_entries for _, _, blocks in self._parts) * self.dtype.itemsize
+        return sum(blocks.storage_entries for _, blocks in self._parts) * self.dtype.itemsize
 
-    def restrict(self, layer: str) -> BlockDiagonal:
-        """The part on one layer, of ``F.restrict(layer)``; blocks that cross layers are cut at its border."""
-        info = self.layout.layer(layer)
-        part = object.__new__(BlockDiagonal)
-        part._fisher = self._fisher.restrict(layer)
-        part.layout, part.dtype, part.device = part._fisher.layout, self.dtype, self.device
-        part.shape = (info.size, info.size)
-        if all(owner is not None for owner, _, _ in self._parts):
-            part.partition = self.partition.restrict(layer)
-            part._parts = [(owner, slice(0, info.size), blocks) for owner, _, blocks in self._parts if owner == layer]
-            return part
-        cut = self.partition.restrict(layer)
-        return BlockDiagonal(part._fisher, {label: block - info.start for label, block in zip(cut.labels, cut.blocks, strict=True)})
+    @classmethod
+    def on_layer(cls, F: Fisher, partition: Partition, start: int) -> BlockDiagonal:
+        """Blocks of one layer, for ``F = whole.restrict(layer)`` and ``partition = whole_partition.restrict(layer)``.
+
+        The partition keeps the flat indices of the whole network, in which the layer begins at ``start``.
+        """
+        part = object.__new__(cls)
+        name = F.layout.layer_names[0]
+        part._take(F, partition, [replace(group, layer=name, index=group.index - start) for group in partition.groups])
+        return part
 
     def _apply(self, v: Tensor, act: Any) -> Tensor:
         def function(flat: Tensor) -> Tensor:
             out = torch.zeros(flat.shape, dtype=flat.dtype, device=flat.device)
-            for _, at, blocks in self._parts:
+            for at, blocks in self._parts:
                 act(blocks, flat[at], out[at])
             return out
 
@@ -104,27 +107,29 @@ class BlockDiagonal:
     def log_determinant(self, damping: float) -> float:
         """Σ_b log det(I + F_bb/λ)."""
         damping = check_damping(damping)
-        return sum(blocks.log_determinant(damping) for _, _, blocks in self._parts)
+        return sum(blocks.log_determinant(damping) for _, blocks in self._parts)
 
     def effective_dimension(self, damping: float) -> Tensor:
-        """tr F_bb (F_bb + λI)⁻¹ of every block, in the partition's order, float64."""
+        """Tr F_bb (F_bb + λI)⁻¹ of every block, in the partition's order, float64."""
         damping = check_damping(damping)
         out = torch.zeros(self.partition.num_blocks, dtype=torch.float64, device=self.device)
-        for group, (_, _, blocks) in zip(self.partition.groups, self._parts, strict=True):
+        for group, (_, blocks) in zip(self._groups, self._parts, strict=True):
             out[group.block_ids.to(self.device)] = blocks.effective_dimension(damping)
         return out
 
     def squared_norm(self) -> float:
         """Σ_b of the blocks' squared Frobenius norms."""
-        return sum(blocks.squared_norm() for _, _, blocks in self._parts)
+        return sum(blocks.squared_norm() for _, blocks in self._parts)
 
     def dense(self, max_params: int = 5000) -> Tensor:
         """The matrix, ``(P, P)``; refused above ``max_params``."""
         if self.n_params > max_params:
             size = readable_bytes(self.n_params**2 * self.dtype.itemsize)
-            raise MemoryBudgetError(f"BlockDiagonal.dense() of {self.n_params} parameters would take {size}; raise max_params to allow it.")
+            raise MemoryBudgetError(
+                f"BlockDiagonal.dense() of {self.n_params} parameters would take {size}; raise max_params to allow it."
+            )
         out = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        for _, at, blocks in self._parts:
+        for at, blocks in self._parts:
             for index, matrix in blocks.matrices_at():
                 where = index + at.start
                 out[where[:, None], where] = matrix

@@ -12,8 +12,11 @@ from fisherlens.scores.matrix import ScoreMatrix
 
 
 class Blocks(Protocol):
-    """What a batch of blocks answers. Vectors are ``(p, K)`` over the piece of the flat vector that the indices count from;
-    only the blocks' own entries of ``out`` are written."""
+    """What a batch of blocks answers.
+
+    Vectors are ``(p, K)`` over the piece of the flat vector that the indices count from;
+    only the blocks' own entries of ``out`` are written.
+    """
 
     storage_entries: int
 
@@ -31,7 +34,7 @@ class Blocks(Protocol):
 
 
 def _kept_trace(factor: Tensor, damping: float) -> Tensor:
-    """tr M (M + λI)⁻¹ = n - λ tr (M + λI)⁻¹ from Cholesky factors ``(..., n, n)``; zero eigenvalues add nothing."""
+    """Tr M (M + λI)⁻¹ = n - λ tr (M + λI)⁻¹ from Cholesky factors ``(..., n, n)``; zero eigenvalues add nothing."""
     identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     half = torch.linalg.solve_triangular(factor, identity.expand(factor.shape), upper=False)
     return (factor.shape[-1] - damping * half.square().sum((-2, -1))).reshape(-1)
@@ -82,7 +85,7 @@ class MomentBlocks:
         return (2 * logs.sum() - self.index.numel() * torch.tensor(damping, dtype=torch.float64).log()).item()
 
     def effective_dimension(self, damping: float) -> Tensor:
-        """tr M_b (M_b + λI)⁻¹ of each block, ``(B,)``."""
+        """Tr M_b (M_b + λI)⁻¹ of each block, ``(B,)``."""
         if self.index.shape[1] == 1:
             values = self.matrices[:, 0, 0].double()
             return values / (values + damping)
@@ -121,7 +124,10 @@ class RowBlocks:
 
     def _cholesky(self, damping: float) -> Tensor:
         if self._factor is None or self._factor[0] != damping:
-            self._factor = (damping, damped_cholesky(self.gram, damping, f"The Gram matrix of a block of size {self.index.shape[1]}"))
+            self._factor = (
+                damping,
+                damped_cholesky(self.gram, damping, f"The Gram matrix of a block of size {self.index.shape[1]}"),
+            )
         return self._factor[1]
 
     def solve(self, v: Tensor, damping: float, out: Tensor) -> None:
@@ -132,10 +138,12 @@ class RowBlocks:
     def log_determinant(self, damping: float) -> float:
         """Σ_b log det(I + M_b/λ)."""
         logs = self._cholesky(damping).diagonal(dim1=-2, dim2=-1).log()
-        return (2 * logs.sum() - self.gram.shape[0] * self.gram.shape[1] * torch.tensor(damping, dtype=torch.float64).log()).item()
+        return (
+            2 * logs.sum() - self.gram.shape[0] * self.gram.shape[1] * torch.tensor(damping, dtype=torch.float64).log()
+        ).item()
 
     def effective_dimension(self, damping: float) -> Tensor:
-        """tr M_b (M_b + λI)⁻¹ of each block, ``(B,)``."""
+        """Tr M_b (M_b + λI)⁻¹ of each block, ``(B,)``."""
         return _kept_trace(self._cholesky(damping), damping)
 
     def squared_norm(self) -> float:
@@ -179,12 +187,12 @@ class ScoreBlock:
         out.copy_((v - self.scores.rmatmat(z.to(v.dtype))) / damping)
 
     def log_determinant(self, damping: float) -> float:
-        """log det(I + M/λ)."""
+        """Log det(I + M/λ)."""
         logs = self._cholesky(damping).diagonal().log()
         return (2 * logs.sum() - self.scores.rows * torch.tensor(damping, dtype=torch.float64).log()).item()
 
     def effective_dimension(self, damping: float) -> Tensor:
-        """tr M_b (M_b + λI)⁻¹ of each block, ``(B,)``."""
+        """Tr M_b (M_b + λI)⁻¹ of each block, ``(B,)``."""
         return _kept_trace(self._cholesky(damping), damping)
 
     def squared_norm(self) -> float:

@@ -94,6 +94,8 @@ def damped_cholesky(matrix: Tensor, damping: float, what: str = "the matrix") ->
             "matrix: raise it, or use a float64 model."
         )
     warnings.warn(
-        f"{what} + {damping:g} I was not positive definite in float64; 10 ε tr/n was added. Raise the damping.", NumericalWarning, stacklevel=3
+        f"{what} + {damping:g} I was not positive definite in float64; 10 ε tr/n was added. Raise the damping.",
+        NumericalWarning,
+        stacklevel=3,
     )
     return factor

@@ -6,6 +6,7 @@ it. Other devices have caching allocators of their own, so there this module onl
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import sys
@@ -24,10 +25,8 @@ def _reserve(nbytes: int) -> np.ndarray:
     """Zeroed bytes from anonymous pages, huge ones if the kernel grants the request."""
     pages = mmap.mmap(-1, nbytes)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with contextlib.suppress(OSError):  # a kernel without huge pages: ordinary ones serve
             pages.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a kernel without huge pages: ordinary ones serve
-            pass
     return np.frombuffer(pages, dtype=np.uint8)
 
 

@@ -21,7 +21,16 @@ from fisherlens.scores.dense import DenseScores
 from fisherlens.scores.explicit import ExplicitScores, ZeroScores
 from fisherlens.scores.matrix import ScoreMatrix
 from fisherlens.scores.plan import LayerPlan, Plan, make_plan
-from fisherlens.scores.recorder import Recorder, Use, backward, check_model, flattened_map, parameter_rows, preserved_randomness, probe
+from fisherlens.scores.recorder import (
+    Recorder,
+    Use,
+    backward,
+    check_model,
+    flattened_map,
+    parameter_rows,
+    preserved_randomness,
+    probe,
+)
 from fisherlens.scores.source import Source
 
 # Larger passes gain nothing on a CPU and lose the caches; on a GPU this still fills the device (our choice).
@@ -52,7 +61,9 @@ class Capture:
 class _Writer:
     """Collects one layer's scores batch by batch into what its plan asks for."""
 
-    def __init__(self, layer: LayerInfo, plan: LayerPlan, uses: list[Use], n: int, r: int, like: Tensor, workspace: Workspace):
+    def __init__(
+        self, layer: LayerInfo, plan: LayerPlan, uses: list[Use], n: int, r: int, like: Tensor, workspace: Workspace
+    ):
         self.layer, self.plan, self.n, self.r = layer, plan, n, r
         self.dtype, self.device, self.workspace = like.dtype, like.device, workspace
         self.geometry = ConvGeometry.of(uses[0].module) if layer.kind == "conv" and uses else None
@@ -217,7 +228,9 @@ def _capture(
                         "example as in the first batch. Pad examples to one size, and keep the batch on the first axis."
                     )
                 bound = likelihood.bind(outputs, _checked_targets(likelihood, kind, batch.targets), batch.where)
-                uniforms = torch.rand(batch.size, bound.num_uniforms, mc_samples, generator=generator, dtype=torch.float64)
+                uniforms = torch.rand(
+                    batch.size, bound.num_uniforms, mc_samples, generator=generator, dtype=torch.float64
+                )
                 at = slice(done, done + batch.size)
                 for name, writer in writers.items():
                     writer.start(uses[name], at)
@@ -239,7 +252,9 @@ def _capture(
     weight = torch.cat(weights)
     total = weight.sum().item()
     if not total > 0:
-        raise InputError("Every term has weight 0 (all labels are ignored, or their class weights are 0), so F is not defined. Check ignore_index and weight.")
+        raise InputError(
+            "Every term has weight 0 (all labels are ignored, or their class weights are 0), so F is not defined. Check ignore_index and weight."
+        )
     mask = torch.cat(kept).reshape(-1)
     matrix = ScoreMatrix([writer.scores() for writer in writers.values()], None if mask.all() else mask)
     if not torch.isfinite(matrix.matmat(torch.ones(layout.n_params, 1, dtype=like.dtype, device=like.device))).all():
@@ -262,7 +277,11 @@ def _capture(
 
 def _checked_targets(likelihood: Likelihood, kind: str, targets: Any) -> Any:
     if targets is None and (kind == "empirical" or likelihood.needs_targets):
-        why = "the empirical kind takes scores at observed labels" if kind == "empirical" else "class weights follow the observed label"
+        why = (
+            "the empirical kind takes scores at observed labels"
+            if kind == "empirical"
+            else "class weights follow the observed label"
+        )
         raise InputError(f"targets are None, but {why}. Give data as (inputs, targets), or use kind='exact'.")
     return targets
 

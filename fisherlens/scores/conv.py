@@ -71,7 +71,12 @@ class ConvGeometry:
 
 
 def conv_rows(
-    geometry: ConvGeometry, layer: LayerInfo, x: Tensor, g: Tensor, out: Sequence[Tensor | None] = (None, None), workspace: Workspace | None = None
+    geometry: ConvGeometry,
+    layer: LayerInfo,
+    x: Tensor,
+    g: Tensor,
+    out: Sequence[Tensor | None] = (None, None),
+    workspace: Workspace | None = None,
 ) -> list[Tensor]:
     """Explicit rows of one use, one piece per parameter: Σ_t g_nrt ⊗ patch_nt (n, r, d_o d_i) and Σ_t g_nrt (n, r, d_o).
 
@@ -138,7 +143,11 @@ class ConvScores(LayerScores):
             weight = vt[:, : self.n_weight].view(k, groups, -1).transpose(0, 1).reshape(self._weight_shape(k))
             settings = {"stride": self.geometry.stride, "dilation": self.geometry.dilation, "groups": groups}
             h = _CONV[self.geometry.dim](self.x, weight, **settings)
-            h = h.view(self.n, groups, k, self.d_o // groups, self.t).transpose(1, 2).reshape(self.n, k, self.d_o, self.t)
+            h = (
+                h.view(self.n, groups, k, self.d_o // groups, self.t)
+                .transpose(1, 2)
+                .reshape(self.n, k, self.d_o, self.t)
+            )
         if self.layer.bias:
             h = h + vt[:, self.n_weight :, None]
         return torch.bmm(self.g.flatten(2), h.flatten(2).mT).reshape(self.rows, k)

@@ -73,7 +73,9 @@ class DenseScores(LayerScores):
         h = h.view(n, k, t, d_o).transpose(1, 2).reshape(n * t, k, d_o)  # a view for t = 1
         if self.layer.weight:
             a = self.a.reshape(n * t, self.d_i)
-            for i in range(k):  # each a full-size product, written in place; a single one would need a copy of the answer
+            for i in range(
+                k
+            ):  # each a full-size product, written in place; a single one would need a copy of the answer
                 torch.mm(h[:, i].T, a, out=out[i, : self.n_weight].view(d_o, self.d_i))
         if self.layer.bias:
             out[:, self.n_weight :] = h.sum(0)

@@ -62,7 +62,7 @@ class Plan:
     def __getitem__(self, layer: str) -> LayerPlan:
         return next(entry for entry in self.layers if entry.layer == layer)
 
-    def __iter__(self):  # noqa: ANN204
+    def __iter__(self):
         return iter(self.layers)
 
     def __len__(self) -> int:
@@ -80,17 +80,30 @@ class Plan:
 
     def to_json(self) -> str:
         """All fields as one JSON text, as stored in results."""
-        return json.dumps({"n_data": self.n_data, "n_columns": self.n_columns, "layers": [asdict(e) for e in self.layers]})
+        return json.dumps(
+            {"n_data": self.n_data, "n_columns": self.n_columns, "layers": [asdict(e) for e in self.layers]}
+        )
 
     def __repr__(self) -> str:
         total = max(sum(e.gradient_flops for e in self.layers), 1.0)
         head = ("layer", "type", "path", "positions", "memory", "product/gradient", "reason")
         body = [
-            (e.layer, e.type_name, e.path, str(e.positions), readable_bytes(e.nbytes), f"{e.product_flops / total:.3f}", e.reason)
+            (
+                e.layer,
+                e.type_name,
+                e.path,
+                str(e.positions),
+                readable_bytes(e.nbytes),
+                f"{e.product_flops / total:.3f}",
+                e.reason,
+            )
             for e in self.layers
         ]
         widths = [max(len(row[i]) for row in (head, *body)) for i in range(len(head))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *body)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in (head, *body)
+        ]
         title = (
             f"Plan: {self.n_data} examples x {self.n_columns} score columns, {readable_bytes(self.nbytes)} of {readable_bytes(self.budget)}, "
             f"one product = {self.product_cost:.2f} gradient evaluations (FLOPs)"
@@ -105,7 +118,14 @@ class _Candidate:
     flops: float
 
 
-def make_plan(layers: Sequence[LayerInfo], uses: dict[str, list[Use]], n_data: int, n_columns: int, budget: int, dtype: torch.dtype) -> Plan:
+def make_plan(
+    layers: Sequence[LayerInfo],
+    uses: dict[str, list[Use]],
+    n_data: int,
+    n_columns: int,
+    budget: int,
+    dtype: torch.dtype,
+) -> Plan:
     """Choose the cheapest exact representation of each layer within the budget.
 
     Rule (methods: routes by cost): factors by default; explicit rows where there are more positions than score columns,
@@ -122,7 +142,10 @@ def make_plan(layers: Sequence[LayerInfo], uses: dict[str, list[Use]], n_data: i
         elif rows.nbytes <= factors.nbytes and rows.flops <= factors.flops:
             chosen[layer.name] = (rows, f"{positions} positions > {n_columns} score columns, and smaller")
         else:
-            chosen[layer.name] = (factors, "one position" if positions == 1 else f"{positions} positions <= {n_columns} score columns")
+            chosen[layer.name] = (
+                factors,
+                "one position" if positions == 1 else f"{positions} positions <= {n_columns} score columns",
+            )
             if rows.flops < factors.flops:
                 saving = (factors.flops - rows.flops) / max(rows.nbytes - factors.nbytes, 1)
                 upgrades.append((saving, layer.name, rows))
@@ -163,7 +186,9 @@ def make_plan(layers: Sequence[LayerInfo], uses: dict[str, list[Use]], n_data: i
     )
 
 
-def _facts(layer: LayerInfo, uses: list[Use], n: int, r: int, dtype: torch.dtype) -> tuple[dict[str, _Candidate], int, float]:
+def _facts(
+    layer: LayerInfo, uses: list[Use], n: int, r: int, dtype: torch.dtype
+) -> tuple[dict[str, _Candidate], int, float]:
     """Candidates, positions per example, and the layer's FLOPs in a gradient evaluation."""
     size = dtype.itemsize
     rows = _Candidate("rows", n * r * layer.size * size, 4.0 * n * r * layer.size)

@@ -73,7 +73,9 @@ class Recorder:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
                 inputs = args[0] if args else next(iter(kwargs.values()))
                 edge = get_gradient_edge(output) if output.requires_grad else None
-                kept = inputs.clone() if self.copy_inputs else inputs  # still attached: its history tells the flattened map
+                kept = (
+                    inputs.clone() if self.copy_inputs else inputs
+                )  # still attached: its history tells the flattened map
                 uses[name].append(Use(module, kept, kept._version, edge, output.shape))
 
             return hook
@@ -82,7 +84,9 @@ class Recorder:
             for name, module in self.modules.items():
                 handles.append(module.register_forward_hook(hook_for(name), with_kwargs=True))
             with torch.inference_mode(False), torch.enable_grad():
-                outputs = functional_call(_Caller(self.model), {f"model.{k}": v for k, v in leaves.items()}, (batch.inputs,))
+                outputs = functional_call(
+                    _Caller(self.model), {f"model.{k}": v for k, v in leaves.items()}, (batch.inputs,)
+                )
         finally:
             for handle in handles:
                 handle.remove()
@@ -101,17 +105,25 @@ class _Caller(nn.Module):
         return call(self.model, inputs)
 
 
-def backward(outputs: Tensor, uses: Mapping[str, list[Use]], signal: Tensor, *, keep: bool = True) -> dict[str, list[Tensor | None]]:
+def backward(
+    outputs: Tensor, uses: Mapping[str, list[Use]], signal: Tensor, *, keep: bool = True
+) -> dict[str, list[Tensor | None]]:
     """Score at the output of every use, for one signal at the network's outputs; None where nothing arrives."""
     edges = [use.edge for layer_uses in uses.values() for use in layer_uses if use.edge is not None]
     if not edges or not outputs.requires_grad:
         return {name: [None] * len(layer_uses) for name, layer_uses in uses.items()}
     grads = iter(torch.autograd.grad(outputs, edges, signal, retain_graph=keep, allow_unused=True))
-    return {name: [next(grads) if use.edge is not None else None for use in layer_uses] for name, layer_uses in uses.items()}
+    return {
+        name: [next(grads) if use.edge is not None else None for use in layer_uses] for name, layer_uses in uses.items()
+    }
 
 
 def parameter_rows(
-    layer: LayerInfo, use: Use, g: Tensor, out: Sequence[Tensor | None] = (None, None), workspace: Workspace | None = None
+    layer: LayerInfo,
+    use: Use,
+    g: Tensor,
+    out: Sequence[Tensor | None] = (None, None),
+    workspace: Workspace | None = None,
 ) -> list[Tensor]:
     """Explicit rows that one use contributes, ``(n, r, numel)`` per parameter; ``g`` is (n, r, …) at the module's output."""
     x = use.inputs.detach()
@@ -214,7 +226,9 @@ def probe(recorder: Recorder, batch: Batch, whole: Tensor | None = None) -> tupl
     return outputs, uses
 
 
-def _check_explained(recorder: Recorder, outputs: Tensor, uses: dict[str, list[Use]], leaves: dict[str, Tensor]) -> None:
+def _check_explained(
+    recorder: Recorder, outputs: Tensor, uses: dict[str, list[Use]], leaves: dict[str, Tensor]
+) -> None:
     """A parameter's gradient must equal the sum of its layer's score rows: else it is also used outside its module."""
     if not outputs.requires_grad or not torch.isfinite(outputs).all():
         return
@@ -222,7 +236,9 @@ def _check_explained(recorder: Recorder, outputs: Tensor, uses: dict[str, list[U
     signal = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs.device, outputs.dtype)
     scores = backward(outputs, uses, signal)
     grads = torch.autograd.grad(outputs, list(leaves.values()), signal, allow_unused=True)
-    truth = {name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in zip(leaves.items(), grads, strict=True)}
+    truth = {
+        name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in zip(leaves.items(), grads, strict=True)
+    }
     tolerance = 1e-3 if outputs.dtype == torch.float32 else 1e-8
     for layer in recorder.layout.layers:
         expected = torch.cat([truth[p.name].reshape(-1) for p in layer.parameters])
@@ -230,7 +246,9 @@ def _check_explained(recorder: Recorder, outputs: Tensor, uses: dict[str, list[U
         for use, g in zip(uses[layer.name], scores[layer.name], strict=True):
             if g is not None:
                 found += use_rows(layer, use, g[:, None]).sum((0, 1))
-        if (found - expected).abs().max() > tolerance * expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny):
+        if (found - expected).abs().max() > tolerance * expected.abs().max().clamp(
+            min=torch.finfo(expected.dtype).tiny
+        ):
             raise UnsupportedModuleError(
                 f"The inputs and outputs of module {layer.name!r} ({layer.type_name}) do not account for the gradient of its parameters "
                 f"{[p.name for p in layer.parameters]}: a parameter is also used outside the module (tied to another module, or in a functional call). "

@@ -27,7 +27,9 @@ class Batch:
             return self
         targets = None if self.targets is None else self.targets[start:stop]
         inputs = _map(self.inputs, lambda x: x[start:stop] if x.ndim and x.shape[0] == self.size else x)
-        return Batch(inputs, targets, min(stop, self.size) - start, f"{self.where}, examples {start}..{min(stop, self.size) - 1}")
+        return Batch(
+            inputs, targets, min(stop, self.size) - start, f"{self.where}, examples {start}..{min(stop, self.size) - 1}"
+        )
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
@@ -139,7 +141,9 @@ def _split_item(item: Any, k: int) -> tuple[Any, Any]:
 
 
 def _leaves(inputs: Any) -> list[Tensor]:
-    values = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else [inputs]
+    values = (
+        inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else [inputs]
+    )
     leaves = [x for x in values if isinstance(x, Tensor)]
     if not leaves:
         raise InputError(f"The inputs of a batch must hold tensors; got {type(inputs).__name__}.")

@@ -3,45 +3,22 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fisherlens import errors
-from fisherlens.errors import ConvergenceWarning, InputError, MemoryBudgetError, NonFiniteError, readable_bytes
+from fisherlens.errors import InputError, MemoryBudgetError, NonFiniteError, readable_bytes
+from fisherlens.fisher.damped import DampedFisher, Vector, check_damping, to_scipy
+from fisherlens.fisher.solve import Preconditioner, Solver
 from fisherlens.layout import Layout
 from fisherlens.likelihoods import Likelihood, as_likelihood
-from fisherlens.linalg.cg import conjugate_gradients
-from fisherlens.linalg.dense import damped_cholesky
 from fisherlens.scores import KINDS, Plan, ScoreMatrix, capture, parse_memory
 
 if TYPE_CHECKING:
     import scipy.sparse.linalg
-
-# Order up to which a float64 Cholesky factor is taken for granted: 6000² doubles are 275 MiB (our choice).
-DIRECT_LIMIT = 6000
-
-Vector = Tensor | Mapping[str, Tensor]
-
-
-class Preconditioner(Protocol):
-    """Anything that solves approximately: ``solve(v, damping)``."""
-
-    def solve(self, v: Tensor, damping: float) -> Tensor: ...
-
-
-def check_damping(damping: float) -> float:
-    """A finite damping > 0 as a float, else InputError."""
-    try:
-        value = float(damping)
-    except (TypeError, ValueError):
-        value = float("nan")
-    if not 0 < value < float("inf"):
-        raise InputError(errors.DAMPING.format(damping=damping))
-    return value
 
 
 class Fisher:
@@ -81,6 +58,8 @@ class Fisher:
     ----------
     shape, n_params, n_data, n_columns
         ``(P, P)``, P, examples N, score columns R per example.
+    origins
+        Where each layer starts in the network's own flat vector; differs from ``layout`` after :meth:`restrict`.
     layout, plan
         Names, shapes and places of the parameters; how each layer's scores are kept and what a product costs.
 
@@ -146,7 +125,8 @@ class Fisher:
         self._kept_terms, self._rank_per_term = found.kept_terms, found.rank_per_term
         self._gradient, self._gradient_coefficients = found.gradient, found.gradient_coefficients
         self._bound = found.bound
-        self._factors: dict[tuple[str, float], Tensor] = {}
+        self.origins: tuple[int, ...] = tuple(layer.start for layer in self.layout.layers)
+        self.solver = Solver(self.scores, self.total_weight)
         parameters = dict(model.named_parameters())
         self.parameters = torch.cat([parameters[name].detach().reshape(-1) for name in self.layout]).clone()
 
@@ -214,7 +194,9 @@ class Fisher:
             flat = self.layout.flatten(v)
             return self.layout.unflatten(self._answer(flat, function))
         if not isinstance(v, Tensor):
-            raise TypeError(f"A vector must be a tensor or a dict name → tensor; got {type(v).__name__}. Use torch.as_tensor(v).")
+            raise TypeError(
+                f"A vector must be a tensor or a dict name → tensor; got {type(v).__name__}. Use torch.as_tensor(v)."
+            )
         if v.ndim not in (1, 2) or v.shape[0] != self.n_params:
             raise InputError(
                 f"F @ v takes v of shape ({self.n_params},) or ({self.n_params}, K), or a dict with the keys of F.layout; got a tensor of shape "
@@ -228,7 +210,9 @@ class Fisher:
         v = v.detach()
         # one sum is a cheap first look; only where it overflows does every entry get looked at
         if not torch.isfinite(v.sum()) and not torch.isfinite(v).all():
-            raise NonFiniteError("The vector handed to F holds NaN or infinity, and so would the product. Look at where it was computed.")
+            raise NonFiniteError(
+                "The vector handed to F holds NaN or infinity, and so would the product. Look at where it was computed."
+            )
         if v.ndim == 2:
             return function(v) if v.shape[1] else v.clone()
         return function(v[:, None])[:, 0]
@@ -254,7 +238,9 @@ class Fisher:
     def gradient(self) -> Tensor:
         """Mean gradient of the negative log-likelihood on the same data, flat ``(P,)``; needs targets."""
         if self._gradient is None:
-            raise InputError("The gradient needs observed labels, but this Fisher was built with targets=None. Rebuild it with (inputs, targets).")
+            raise InputError(
+                "The gradient needs observed labels, but this Fisher was built with targets=None. Rebuild it with (inputs, targets)."
+            )
         return self._gradient.clone()
 
     # --- small matrices ----------------------------------------------------------------------------------------------
@@ -274,7 +260,9 @@ class Fisher:
         index = self.layout.index_of(names).to(self.device)
         if len(index) > max_params:
             size = readable_bytes(len(index) ** 2 * self.dtype.itemsize)
-            raise MemoryBudgetError(f"The block {names!r} of {len(index)} parameters would take {size}; the cap is {max_params}. Raise max_params.")
+            raise MemoryBudgetError(
+                f"The block {names!r} of {len(index)} parameters would take {size}; the cap is {max_params}. Raise max_params."
+            )
         columns = self.scores.columns(index)
         return columns.T @ columns / self.total_weight
 
@@ -311,53 +299,26 @@ class Fisher:
         A solve that misses its tolerance returns what it has with a ConvergenceWarning.
         """
         damping = check_damping(damping)
-        smaller = min(self.scores.rows, self.n_params)
         info: dict[str, Any] = {}
 
+        def damped(x: Tensor) -> Tensor:
+            return self._product(x) + damping * x
+
         def apply(flat: Tensor) -> Tensor:
-            if preconditioner is None and smaller <= DIRECT_LIMIT:
-                x = self._solve_direct(flat, damping)
-                info.update(method="dense" if self.n_params <= self.scores.rows else "woodbury", steps=0)
-                if return_info:
-                    info["residual"] = self._residual(x, flat, damping)
-                    info["converged"] = bool((info["residual"] < 1e-2).all())
-                return x
-            goal = tol if tol is not None else (1e-10 if self.dtype == torch.float64 else 1e-5)
-            precondition = None if preconditioner is None else lambda r: preconditioner.solve(r, damping)
-            found = conjugate_gradients(
-                lambda x: (self @ x) + damping * x, flat, precondition=precondition, tol=goal, max_steps=max_steps
-            )
-            info.update(method="cg", steps=found.steps, residual=found.residual, converged=found.converged)
-            if not found.converged:
-                warnings.warn(
-                    f"Conjugate gradients ended after {found.steps} steps with relative residual {found.residual.max().item():.1e} (wanted {goal:.0e}). "
-                    "The partial solution is returned; pass a preconditioner, more max_steps or a larger damping.",
-                    ConvergenceWarning,
-                    stacklevel=4,
-                )
-            return found.solution
+            if preconditioner is not None or not self.solver.direct:
+                solution, found = self.solver.iterate(damped, flat, damping, preconditioner, tol, max_steps)
+                info.update(found)
+                return solution
+            solution = self.solver.solve(flat, damping)
+            info.update(method="dense" if self.solver.dense_side else "woodbury", steps=0)
+            if return_info:
+                norm = torch.linalg.vector_norm(flat, dim=0)
+                info["residual"] = torch.linalg.vector_norm(damped(solution) - flat, dim=0) / norm.where(norm > 0, 1)
+                info["converged"] = bool((info["residual"] < 1e-2).all())
+            return solution
 
         solution = self._answer(v, apply)
         return (solution, info) if return_info else solution
-
-    def _residual(self, x: Tensor, rhs: Tensor, damping: float) -> Tensor:
-        norm = torch.linalg.vector_norm(rhs, dim=0)
-        return torch.linalg.vector_norm((self @ x) + damping * x - rhs, dim=0) / norm.where(norm > 0, 1)
-
-    def _factor(self, side: str, damping: float) -> Tensor:
-        """Float64 Cholesky factor of UᵀU/W + λI ("dense") or U Uᵀ/W + λI ("gram"), the last one kept."""
-        if (side, damping) not in self._factors:
-            matrix = self.scores.dense() if side == "dense" else self.scores.full_gram()
-            self._factors.clear()
-            self._factors[side, damping] = damped_cholesky(matrix.double() / self.total_weight, damping, f"The {side} matrix of F")
-        return self._factors[side, damping]
-
-    def _solve_direct(self, v: Tensor, damping: float) -> Tensor:
-        if self.n_params <= self.scores.rows:
-            return torch.cholesky_solve(v.double(), self._factor("dense", damping)).to(v.dtype)
-        z = torch.cholesky_solve(self.scores.matmat(v).double(), self._factor("gram", damping))
-        correction = self.scores.rmatmat((z / self.total_weight).to(v.dtype))
-        return (v - correction) / damping
 
     def natural_gradient(self, damping: float) -> Tensor:
         """(F + λI)⁻¹ g for the mean gradient g, flat ``(P,)``.
@@ -368,11 +329,9 @@ class Fisher:
         damping = check_damping(damping)
         gradient = self.gradient()
         d = self._gradient_coefficients
-        direct = self.scores.rows < self.n_params and self.scores.rows <= DIRECT_LIMIT
-        if d is None or not direct or not torch.isfinite(d).all():
+        if d is None or self.solver.dense_side or not self.solver.direct or not torch.isfinite(d).all():
             return self.solve(gradient, damping)
-        z = torch.cholesky_solve(d.double()[:, None], self._factor("gram", damping)) / self.total_weight
-        return self.scores.rmatmat(z.to(self.dtype))[:, 0]
+        return self.solver.solve_row_space(d, damping)
 
     def single_sample(self, seed: int) -> ScoreMatrix:
         """Score rows with R = 1: at labels drawn from the model for the exact kind, the first draw for mc, as they are for empirical.
@@ -383,7 +342,9 @@ class Fisher:
         if self.kind == "exact":
             generator = torch.Generator().manual_seed(seed)
             drawn = [
-                bound.sampled_coefficients(torch.rand(len(bound.weight), bound.num_uniforms, generator=generator, dtype=torch.float64))
+                bound.sampled_coefficients(
+                    torch.rand(len(bound.weight), bound.num_uniforms, generator=generator, dtype=torch.float64)
+                )
                 for bound in self._bound
             ]
             c = torch.cat(drawn)
@@ -407,8 +368,11 @@ class Fisher:
         part.plan = Plan([self.plan[layer.name] for layer in kept], self.n_data, self.n_columns, self.plan.budget)
         part.scores = self.scores.restrict([layer.name for layer in kept])
         part.parameters = self.parameters[index]
+        part.origins = tuple(
+            origin for origin, layer in zip(self.origins, self.layout.layers, strict=True) if layer in kept
+        )
         part._gradient = None if self._gradient is None else self._gradient[index]
-        part._factors = {}
+        part.solver = Solver(part.scores, part.total_weight)
         return part
 
     def damped(self, damping: float) -> DampedFisher:
@@ -417,57 +381,4 @@ class Fisher:
 
     def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
         """F as a ``scipy.sparse.linalg.LinearOperator`` on numpy vectors."""
-        return _to_scipy(self, self)
-
-
-class DampedFisher:
-    """F + λI, lazily: products, solves, diagonal, dense; damping twice by a and b equals a + b."""
-
-    def __init__(self, fisher: Fisher, damping: float):
-        self.fisher, self.damping = fisher, damping
-        self.shape, self.dtype, self.device, self.layout = fisher.shape, fisher.dtype, fisher.device, fisher.layout
-
-    def __matmul__(self, v: Vector) -> Vector:
-        """(F + λI) v in the form of v."""
-        product = self.fisher @ v
-        if isinstance(v, Mapping):
-            return {name: product[name] + self.damping * v[name] for name in product}
-        return product + self.damping * v
-
-    def solve(self, v: Vector, **options: Any) -> Any:
-        """(F + λI)⁻¹ v; options as for :meth:`Fisher.solve`."""
-        return self.fisher.solve(v, self.damping, **options)
-
-    def diagonal(self) -> Tensor:
-        """Diagonal of F + λI."""
-        return self.fisher.diagonal() + self.damping
-
-    def dense(self, max_params: int = 5000) -> Tensor:
-        """F + λI as a matrix, under the cap of :meth:`Fisher.dense`."""
-        matrix = self.fisher.dense(max_params)
-        matrix.diagonal().add_(self.damping)
-        return matrix
-
-    def damped(self, damping: float) -> DampedFisher:
-        """F + (λ + damping) I."""
-        return DampedFisher(self.fisher, self.damping + check_damping(damping))
-
-    def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
-        """F + λI as a ``scipy.sparse.linalg.LinearOperator``."""
-        return _to_scipy(self, self.fisher)
-
-    def __repr__(self) -> str:
-        return f"{self.fisher!r} + {self.damping:g} I"
-
-
-def _to_scipy(operator: Any, fisher: Fisher) -> scipy.sparse.linalg.LinearOperator:
-    import numpy as np
-    import scipy.sparse.linalg
-
-    def product(v: np.ndarray) -> np.ndarray:
-        tensor = torch.as_tensor(np.ascontiguousarray(v), dtype=fisher.dtype, device=fisher.device)
-        flat = tensor.reshape(-1) if tensor.ndim == 2 and tensor.shape[1] == 1 else tensor
-        return (operator @ flat).cpu().numpy().reshape(v.shape)
-
-    dtype = np.float64 if fisher.dtype == torch.float64 else np.float32
-    return scipy.sparse.linalg.LinearOperator(fisher.shape, matvec=product, rmatvec=product, matmat=product, rmatmat=product, dtype=dtype)
+        return to_scipy(self, self)
