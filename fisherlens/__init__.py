@@ -28,7 +28,7 @@ from fisherlens.results import load, save
 from fisherlens.spectrum import effective_dimension, log_determinant, spectrum
 from fisherlens.training import Problem, compare_optimizers, problem, problems, train
 
-__all__ = [
+__all__ = [  # noqa: RUF022 - grouped by topic
     # the operator
     "Fisher",
     "Categorical",

@@ -1,0 +1,76 @@
+"""Interleaved timings in one process: every round runs each contestant once, ratios are taken within a round."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that a clock sees the whole work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleaved(
+    contestants: Mapping[str, Callable[[], Any]], *, unit: str, rounds: int, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Median seconds and median ratio to ``unit`` of the same round, with the quartiles of that ratio."""
+    for run in contestants.values():  # warm-up, not counted
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, run in contestants.items():
+            synchronize(device)
+            start = time.perf_counter()
+            run()
+            synchronize(device)
+            seconds[name].append(time.perf_counter() - start)
+    found = {}
+    for name, values in seconds.items():
+        ratios = [value / one for value, one in zip(values, seconds[unit], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
+        found[name] = {"seconds": statistics.median(values), "ratio": middle, "ratio_low": low, "ratio_high": high}
+    return found
+
+
+def machine(device: torch.device) -> str:
+    """One line that says where the figures were taken."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        name = models[0] if models else name
+    where = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{name}, {torch.get_num_threads()} threads"
+    )
+    load = f"load {os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else ""
+    return f"{where}; torch {torch.__version__}; Python {platform.python_version()}; {datetime.now(UTC):%Y-%m-%d %H:%M} UTC; {load}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Plain text table that is also Markdown."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in (head, *rows)
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def write_json(path: str | None, payload: dict[str, Any]) -> None:
+    """Store the figures, if a path was given."""
+    if path:
+        Path(path).write_text(json.dumps(payload, indent=1))
