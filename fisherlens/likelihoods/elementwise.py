@@ -97,7 +97,11 @@ class Bernoulli(Likelihood):
             return _BoundBernoulli(outputs, None, None)
         require_targets(self, targets)
         require_same_shape(self, outputs, targets, where)
-        if not torch.isfinite(targets.double()).all() or (targets < 0).any() or (targets > 1).any():
+        if not torch.isfinite(targets.double()).all():
+            raise NonFiniteError(
+                f"Bernoulli targets hold NaN or infinity in {where}. Clean the targets or drop those examples."
+            )
+        if (targets < 0).any() or (targets > 1).any():
             raise InputError(
                 f"Bernoulli targets must lie in [0, 1]; {where} holds values outside. Class indices belong to likelihood='categorical'."
             )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import scipy.linalg
-import scipy.sparse.linalg
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import scipy.sparse.linalg
 
 # Up to this order LAPACK's dense solver is both faster and exact.
 DENSE_ORDER = 256
@@ -29,6 +30,8 @@ def largest_ratio(
 
     The start vector comes from an own generator: ARPACK would take it from global random state.
     """
+
+    import scipy.sparse.linalg  # here, because it would double the time of ``import fisherlens``
 
     def wrap(product: Callable[[Tensor], Tensor]) -> scipy.sparse.linalg.LinearOperator:
         def apply(v: np.ndarray) -> np.ndarray:
@@ -58,5 +61,7 @@ def largest_ratio(
 
 def dense_extremes(a: Tensor, m: Tensor) -> tuple[float, float]:
     """Smallest and largest μ of A x = μ M x for matrices, by LAPACK in float64."""
+    import scipy.linalg
+
     values = scipy.linalg.eigh(a.double().cpu().numpy(), m.double().cpu().numpy(), eigvals_only=True)
     return float(values[0]), float(values[-1])

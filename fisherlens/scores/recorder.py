@@ -16,12 +16,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
-from fisherlens.errors import InputError, NonFiniteError, UnsupportedModuleError
+from fisherlens.errors import FisherLensError, InputError, NonFiniteError, UnsupportedModuleError
 from fisherlens.layout import ROOT, LayerInfo, Layout
 from fisherlens.linalg.memory import Workspace
 from fisherlens.scores.conv import ConvGeometry, conv_rows
 from fisherlens.scores.norm import norm_rows
-from fisherlens.scores.source import Batch, call
+from fisherlens.scores.source import Batch, call, describe
 
 SUPPORTED = "Linear, Conv1d, Conv2d, Conv3d, BatchNorm1d/2d/3d (evaluation mode), LayerNorm, GroupNorm"
 _PASS_THROUGH = ("Relu", "Clone", "Alias", "Dropout", "Tanh", "Sigmoid", "Gelu", "Elu", "Silu", "Softplus", "ToCopy")
@@ -202,9 +202,17 @@ def check_model(model: nn.Module, layout: Layout) -> None:
             )
 
 
-def probe(recorder: Recorder, batch: Batch, whole: Tensor | None = None) -> tuple[Tensor, dict[str, list[Use]]]:
+def probe(recorder: Recorder, batch: Batch) -> tuple[Tensor, dict[str, list[Use]]]:
     """Run a few examples twice: the model must be deterministic, free of coupling between examples, and explained by its layers."""
-    outputs, uses, leaves = recorder.forward(batch)
+    try:
+        outputs, uses, leaves = recorder.forward(batch)
+    except FisherLensError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"The model failed on {batch.where}: {type(error).__name__}: {error}. Inputs: {describe(batch.inputs)}; parameters: "
+            f"{next(iter(recorder.model.parameters())).dtype}. Check the inputs' shape, dtype (inputs.to(dtype)) and device by calling the model on them."
+        ) from error
     again = recorder.forward(batch)[0]
     scale = outputs.detach().abs().max().item() or 1.0
     if torch.isfinite(outputs).all():

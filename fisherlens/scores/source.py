@@ -150,6 +150,11 @@ def _leaves(inputs: Any) -> list[Tensor]:
     return leaves
 
 
+def describe(inputs: Any) -> str:
+    """Shapes and dtypes of the inputs, for errors."""
+    return ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in _leaves(inputs))
+
+
 def _map(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
     def apply(x: Any) -> Any:
         return function(x) if isinstance(x, Tensor) else x
@@ -178,9 +183,11 @@ def _batch(inputs: Any, targets: Any, where: str) -> Batch:
 
 
 def _require_finite_inputs(batch: Batch) -> None:
-    for x in _leaves(batch.inputs):
-        if x.is_floating_point() and not torch.isfinite(x).all():
+    named = batch.inputs.items() if isinstance(batch.inputs, Mapping) else enumerate(_leaves(batch.inputs))
+    for key, x in named:
+        if isinstance(x, Tensor) and x.is_floating_point() and not torch.isfinite(x).all():
             bad = (~torch.isfinite(x)).reshape(x.shape[0], -1).any(1).nonzero()[0].item()
+            which = f"Input {key!r}" if isinstance(batch.inputs, (Mapping, tuple)) else "The inputs"
             raise NonFiniteError(
-                f"The inputs of {batch.where} hold NaN or infinity, first at example {bad}. Clean or rescale the data before the analysis."
+                f"{which} of {batch.where} hold NaN or infinity, first at example {bad}. Clean or rescale the data before the analysis."
             )
