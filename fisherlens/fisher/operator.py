@@ -33,8 +33,9 @@ class Fisher:
     Parameters
     ----------
     model
-        Any ``nn.Module`` made of supported layers (``Linear``, ``Conv1d/2d/3d``, normalisation in evaluation mode; everything
-        without parameters). It is used as it stands and left as it was.
+        Any ``nn.Module``, used as it stands and left as it was. ``Linear``, ``Conv1d/2d/3d`` and normalisation layers have closed
+        rules; every other parameter (attention, recurrent cells, tied weights, functional calls) is exact too, through one
+        gradient per example and column, which costs more time and memory (see :attr:`plan`).
     data
         ``(inputs, targets)`` tensors, or a re-iterable of such batches. ``inputs`` may be a tensor, tuple or dict; ``targets``
         may be None for the exact and mc kinds without class weights.
@@ -69,8 +70,8 @@ class Fisher:
         Train-mode BatchNorm or dropout, empty or one-shot data, targets that do not fit, outputs that vary between passes.
     NonFiniteError
         NaN or infinity in a parameter, an input or an output; names it and the batch.
-    UnsupportedModuleError, MemoryBudgetError
-        A module without an exact rule; scores over the memory budget. Both say what would work.
+    MemoryBudgetError
+        Scores over the memory budget; says what would fit.
 
     Notes
     -----

@@ -12,26 +12,24 @@ from torch import Tensor, nn
 
 from fisherlens._progress import progress as progress_bar
 from fisherlens.errors import InputError, NonFiniteError
-from fisherlens.layout import LayerInfo, Layout
+from fisherlens.layout import Layout
 from fisherlens.likelihoods import BoundLikelihood, Likelihood
-from fisherlens.linalg.memory import Workspace, zeros
-from fisherlens.scores.base import LayerScores
-from fisherlens.scores.conv import ConvGeometry, ConvScores
-from fisherlens.scores.dense import DenseScores
-from fisherlens.scores.explicit import ExplicitScores, ZeroScores
+from fisherlens.linalg.memory import Workspace
 from fisherlens.scores.matrix import ScoreMatrix
-from fisherlens.scores.plan import LayerPlan, Plan, make_plan
+from fisherlens.scores.per_example import PerExample
+from fisherlens.scores.plan import Plan, make_plan
 from fisherlens.scores.recorder import (
     Recorder,
     Use,
     backward,
     check_model,
     flattened_map,
-    parameter_rows,
     preserved_randomness,
     probe,
+    unexplained,
 )
 from fisherlens.scores.source import Source
+from fisherlens.scores.writers import Writer
 
 # Larger passes gain nothing on a CPU and lose the caches; on a GPU this still fills the device (our choice).
 _TRANSIENT = 192 * 2**20
@@ -56,81 +54,6 @@ class Capture:
     gradient: Tensor | None
     gradient_coefficients: Tensor | None
     bound: list[BoundLikelihood]
-
-
-class _Writer:
-    """Collects one layer's scores batch by batch into what its plan asks for."""
-
-    def __init__(
-        self, layer: LayerInfo, plan: LayerPlan, uses: list[Use], n: int, r: int, like: Tensor, workspace: Workspace
-    ):
-        self.layer, self.plan, self.n, self.r = layer, plan, n, r
-        self.dtype, self.device, self.workspace = like.dtype, like.device, workspace
-        self.geometry = ConvGeometry.of(uses[0].module) if layer.kind == "conv" and uses else None
-        if plan.storage == "rows":
-            self.pieces = [zeros((n, r, p.numel), like.dtype, like.device) for p in layer.parameters]
-        elif plan.storage in ("factors", "patches"):
-            d_o = uses[0].output_shape[-1] if layer.kind == "dense" else uses[0].output_shape[1]
-            d_i = uses[0].inputs.shape[-1] if layer.kind == "dense" else self._patches(uses[0]).shape[2]
-            self.a = zeros((n, plan.positions, d_i), like.dtype, like.device)
-            self.g = zeros((n, r, plan.positions, d_o), like.dtype, like.device)
-        elif plan.storage == "convolution":
-            self.a = zeros((n, *self.geometry.padded(uses[0].inputs[:1]).shape[1:]), like.dtype, like.device)
-            self.g = zeros((n, r, *uses[0].output_shape[1:]), like.dtype, like.device)
-
-    def _patches(self, use: Use) -> Tensor:
-        return self.geometry.patches(self.geometry.padded(use.inputs.detach()))[:, 0].mT  # (n, T, d_i)
-
-    def start(self, uses: list[Use], at: slice) -> None:
-        """Take the inputs of one batch."""
-        self.at, self.uses = at, uses
-        size = at.stop - at.start
-        if self.plan.storage == "rows":
-            shapes = [(size, self.r, *use.output_shape[1:]) for use in uses]
-            self.buffers = [self.workspace.empty(shape, self.dtype, self.device) for shape in shapes]
-        elif self.plan.storage == "factors":
-            self.a[at] = torch.cat([use.inputs.detach().reshape(size, -1, use.inputs.shape[-1]) for use in uses], dim=1)
-        elif self.plan.storage == "patches":
-            self.a[at] = self._patches(uses[0])
-        elif self.plan.storage == "convolution":
-            self.a[at] = self.geometry.padded(uses[0].inputs.detach())
-
-    def take(self, r: int, scores: list[Tensor | None]) -> None:
-        """Take the output scores of column r."""
-        storage = self.plan.storage
-        if storage == "rows":
-            for buffer, g in zip(self.buffers, scores, strict=True):
-                buffer[:, r] = 0 if g is None else g
-        elif storage == "factors":
-            flat = [
-                self.g.new_zeros(len(use.inputs), *use.output_shape[1:]) if g is None else g
-                for use, g in zip(self.uses, scores, strict=True)
-            ]
-            self.g[self.at, r] = torch.cat([g.reshape(g.shape[0], -1, g.shape[-1]) for g in flat], dim=1)
-        elif storage != "none" and scores[0] is not None:
-            self.g[self.at, r] = scores[0].flatten(2).mT if storage == "patches" else scores[0]
-
-    def finish_batch(self) -> None:
-        """Turn the scores of one batch into rows where rows are kept."""
-        if self.plan.storage == "rows":
-            out = [piece[self.at] for piece in self.pieces]
-            parameter_rows(self.layer, self.uses[0], self.buffers[0], out, self.workspace)
-            for use, g in zip(self.uses[1:], self.buffers[1:], strict=True):
-                for target, piece in zip(out, parameter_rows(self.layer, use, g), strict=True):
-                    target += piece
-            self.buffers = []
-        self.uses = []
-
-    def scores(self) -> LayerScores:
-        """The finished scores of the layer."""
-        storage = self.plan.storage
-        if storage == "none":
-            return ZeroScores(self.layer, self.n, self.r, self.dtype, self.device)
-        if storage == "rows":
-            return ExplicitScores(self.layer, [piece.view(self.n * self.r, -1) for piece in self.pieces], self.r)
-        if storage == "convolution":
-            return ConvScores(self.layer, self.geometry, self.a, self.g)
-        return DenseScores(self.layer, self.a, self.g)
 
 
 def _signals(bound: BoundLikelihood, kind: str, uniforms: Tensor | None) -> Iterator[Tensor]:
@@ -197,7 +120,9 @@ def _capture(
     recorder = Recorder(model, layout)
     first = next(source.batches())
     sample = first.part(0, 3)
-    outputs, uses = probe(recorder, sample)
+    outputs = probe(recorder, sample)
+    recorder.release(unexplained(recorder, sample))
+    uses = recorder.forward(sample)[1]
     bound = likelihood.bind(outputs, _checked_targets(likelihood, kind, sample.targets), sample.where)
     n, r = source.n_data, _num_columns(bound, kind, mc_samples)
     maps = {name: flattened_map(u[0]) for name, u in uses.items() if u and layout.layer(name).kind == "dense"}
@@ -207,9 +132,11 @@ def _capture(
     like = like.detach()
     workspace = Workspace(limit=budget // 4)
     writers = {
-        layer.name: _Writer(layer, entry, uses[layer.name], n, r, like, workspace)
+        layer.name: Writer(layer, entry, uses.get(layer.name, []), n, r, like, workspace)
         for layer, entry in zip(layout.layers, plan, strict=True)
     }
+    ruleless = [layer for layer in layout.layers if plan[layer.name].storage == "per example"]
+    per_example = PerExample(recorder.model, ruleless) if ruleless else None
     step = _micro_batch(uses, r, sample.size, budget, like.dtype)
     rank_per_term, output_shape = likelihood.rank_per_term(outputs.shape), outputs.shape[1:]
 
@@ -233,10 +160,13 @@ def _capture(
                 )
                 at = slice(done, done + batch.size)
                 for name, writer in writers.items():
-                    writer.start(uses[name], at)
+                    writer.start(uses.get(name, []), at)
                 for column, signal in enumerate(_signals(bound, kind, uniforms)):
                     for name, scores in backward(outputs, uses, signal).items():
                         writers[name].take(column, scores)
+                    if per_example is not None:
+                        for name, pieces in per_example.rows(batch, signal).items():
+                            writers[name].take_rows(column, pieces)
                 for writer in writers.values():
                     writer.finish_batch()
                 if batch.targets is None:

@@ -40,7 +40,7 @@ class LayerPlan:
     layer: str
     type_name: str
     path: str
-    storage: str  # "factors" | "patches" | "convolution" | "rows" | "none"
+    storage: str  # "factors" | "patches" | "convolution" | "rows" | "per example" | "none"
     reason: str
     positions: int
     nbytes: int
@@ -111,6 +111,13 @@ class Plan:
         return "\n".join([title, *lines])
 
 
+_WHY_ROWS = {
+    "rows": "one number per parameter and example",
+    "per example": "no layer rule: one gradient per example and column",
+    "none": "never called",
+}
+
+
 @dataclass
 class _Candidate:
     storage: str
@@ -133,12 +140,12 @@ def make_plan(
     """
     chosen: dict[str, tuple[_Candidate, str]] = {}
     upgrades: list[tuple[float, str, _Candidate]] = []
-    facts = {layer.name: _facts(layer, uses[layer.name], n_data, n_columns, dtype) for layer in layers}
+    facts = {layer.name: _facts(layer, uses.get(layer.name), n_data, n_columns, dtype) for layer in layers}
     for layer in layers:
         candidates, positions, _ = facts[layer.name]
         factors, rows = candidates.get("factors"), candidates["rows"]
         if factors is None:
-            chosen[layer.name] = (rows, "no input is shared by its parameters" if uses[layer.name] else "never called")
+            chosen[layer.name] = (rows, _WHY_ROWS[rows.storage])
         elif rows.nbytes <= factors.nbytes and rows.flops <= factors.flops:
             chosen[layer.name] = (rows, f"{positions} positions > {n_columns} score columns, and smaller")
         else:
@@ -170,7 +177,7 @@ def make_plan(
             LayerPlan(
                 layer.name,
                 layer.type_name,
-                "explicit" if chosen[layer.name][0].storage in ("rows", "none") else "factors",
+                "explicit" if chosen[layer.name][0].storage in ("rows", "none", "per example") else "factors",
                 chosen[layer.name][0].storage,
                 chosen[layer.name][1],
                 facts[layer.name][1],
@@ -187,11 +194,14 @@ def make_plan(
 
 
 def _facts(
-    layer: LayerInfo, uses: list[Use], n: int, r: int, dtype: torch.dtype
+    layer: LayerInfo, uses: list[Use] | None, n: int, r: int, dtype: torch.dtype
 ) -> tuple[dict[str, _Candidate], int, float]:
     """Candidates, positions per example, and the layer's FLOPs in a gradient evaluation."""
     size = dtype.itemsize
     rows = _Candidate("rows", n * r * layer.size * size, 4.0 * n * r * layer.size)
+    if uses is None:
+        gradients = _Candidate("per example", rows.nbytes, rows.flops)
+        return {"rows": gradients}, 1, 6.0 * n * layer.size
     if not uses:
         return {"rows": _Candidate("none", 0, 0.0)}, 0, 0.0
     if layer.kind == "norm":

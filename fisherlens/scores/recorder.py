@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +16,14 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
-from fisherlens.errors import FisherLensError, InputError, NonFiniteError, UnsupportedModuleError
+from fisherlens.errors import FisherLensError, InputError, NonFiniteError
 from fisherlens.layout import ROOT, LayerInfo, Layout
 from fisherlens.linalg.memory import Workspace
 from fisherlens.scores.conv import ConvGeometry, conv_rows
 from fisherlens.scores.norm import norm_rows
-from fisherlens.scores.source import Batch, call, describe
+from fisherlens.scores.per_example import Caller
+from fisherlens.scores.source import Batch, describe
 
-SUPPORTED = "Linear, Conv1d, Conv2d, Conv3d, BatchNorm1d/2d/3d (evaluation mode), LayerNorm, GroupNorm"
 _PASS_THROUGH = ("Relu", "Clone", "Alias", "Dropout", "Tanh", "Sigmoid", "Gelu", "Elu", "Silu", "Softplus", "ToCopy")
 
 
@@ -52,8 +52,14 @@ class Recorder:
     def __init__(self, model: nn.Module, layout: Layout):
         self.model, self.layout = model, layout
         modules = dict(model.named_modules())
-        self.modules = {layer.name: modules["" if layer.name == ROOT else layer.name] for layer in layout.layers}
+        with_rule = [layer.name for layer in layout.layers if layer.kind != "other"]
+        self.modules = {name: modules["" if name == ROOT else name] for name in with_rule}
         self.copy_inputs = False
+
+    def release(self, names: Iterable[str]) -> None:
+        """Stop recording these layers: their inputs and outputs do not explain their parameters."""
+        for name in names:
+            self.modules.pop(name, None)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, list[Use]], dict[str, Tensor]]:
         """Outputs, the uses of each layer, and the leaf parameters of the graph."""
@@ -64,7 +70,7 @@ class Recorder:
         return outputs, uses, leaves
 
     def _forward(self, batch: Batch) -> tuple[Tensor, dict[str, list[Use]], dict[str, Tensor]]:
-        uses: dict[str, list[Use]] = {layer.name: [] for layer in self.layout.layers}
+        uses: dict[str, list[Use]] = {name: [] for name in self.modules}
         handles: list[RemovableHandle] = []
         parameters = dict(self.model.named_parameters())
         leaves = {name: parameters[name].detach().requires_grad_() for name in self.layout}
@@ -85,24 +91,12 @@ class Recorder:
                 handles.append(module.register_forward_hook(hook_for(name), with_kwargs=True))
             with torch.inference_mode(False), torch.enable_grad():
                 outputs = functional_call(
-                    _Caller(self.model), {f"model.{k}": v for k, v in leaves.items()}, (batch.inputs,)
+                    Caller(self.model), {f"model.{k}": v for k, v in leaves.items()}, (batch.inputs,)
                 )
         finally:
             for handle in handles:
                 handle.remove()
         return outputs, uses, leaves
-
-
-class _Caller(nn.Module):
-    """Lets ``functional_call`` pass tuples and dicts of inputs the way :func:`call` does."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-        self.training = model.training
-
-    def forward(self, inputs: Any) -> Tensor:
-        return call(self.model, inputs)
 
 
 def backward(
@@ -181,13 +175,6 @@ def check_model(model: nn.Module, layout: Layout) -> None:
             raise InputError(
                 f"Module {label} is in training mode with p={module.p}, so two passes differ and F is not one fixed matrix. Call model.eval()."
             )
-    for layer in layout.layers:
-        if layer.kind == "other":
-            listed = ", ".join(repr(p.name) for p in layer.parameters)
-            raise UnsupportedModuleError(
-                f"No exact score rule exists yet for module {layer.name!r} of type {layer.type_name}, which owns {listed}. Supported, by exact type: "
-                f"{SUPPORTED}. Leave its parameters out with params=[...] (names or patterns of those to analyse)."
-            )
     parameters = dict(model.named_parameters())
     kinds = {(parameters[name].dtype, parameters[name].device) for name in layout}
     if len(kinds) > 1 or next(iter(kinds))[0] not in (torch.float32, torch.float64):
@@ -202,10 +189,10 @@ def check_model(model: nn.Module, layout: Layout) -> None:
             )
 
 
-def probe(recorder: Recorder, batch: Batch) -> tuple[Tensor, dict[str, list[Use]]]:
-    """Run a few examples twice: the model must be deterministic, free of coupling between examples, and explained by its layers."""
+def probe(recorder: Recorder, batch: Batch) -> Tensor:
+    """Run a few examples: the model must work, be deterministic, and not couple the examples of a batch."""
     try:
-        outputs, uses, leaves = recorder.forward(batch)
+        outputs, _, _ = recorder.forward(batch)
     except FisherLensError:
         raise
     except Exception as error:
@@ -213,33 +200,36 @@ def probe(recorder: Recorder, batch: Batch) -> tuple[Tensor, dict[str, list[Use]
             f"The model failed on {batch.where}: {type(error).__name__}: {error}. Inputs: {describe(batch.inputs)}; parameters: "
             f"{next(iter(recorder.model.parameters())).dtype}. Check the inputs' shape, dtype (inputs.to(dtype)) and device by calling the model on them."
         ) from error
+    if not torch.isfinite(outputs).all():
+        return outputs  # the likelihood names what is wrong
     again = recorder.forward(batch)[0]
     scale = outputs.detach().abs().max().item() or 1.0
-    if torch.isfinite(outputs).all():
-        gap = (outputs - again).detach().abs().max().item()
-        if gap > 1e-5 * scale:
+    gap = (outputs - again).detach().abs().max().item()
+    if gap > 1e-5 * scale:
+        raise InputError(
+            f"The same batch gave two different outputs (largest difference {gap:.3g}), so F is not one fixed matrix. A module draws random "
+            "numbers in its forward; call model.eval() or fix its randomness."
+        )
+    if batch.size > 1:
+        alone = recorder.forward(batch.part(0, 1))[0]
+        gap = (outputs[:1] - alone).detach().abs().max().item() if alone.shape == outputs[:1].shape else float("inf")
+        if gap > 1e-3 * scale:
             raise InputError(
-                f"The same examples gave two different outputs (largest difference {gap:.3g}), so F is not one fixed matrix. A module draws random "
-                "numbers in its forward; call model.eval() or fix its randomness."
+                f"The output of an example depends on the other examples of its batch (difference {gap:.3g}), so no per-example Fisher exists. "
+                "Look for statistics over the batch axis in the model's forward."
             )
-        if batch.size > 1:
-            alone = recorder.forward(batch.part(0, 1))[0]
-            gap = (outputs[:1] - alone).detach().abs().max().item()
-            if alone.shape != outputs[:1].shape or gap > 1e-3 * scale:
-                raise InputError(
-                    f"The output of an example depends on the other examples of its batch (difference {gap:.3g}), so no per-example Fisher exists. "
-                    "Look for statistics over the batch axis in the model's forward."
-                )
-    _check_explained(recorder, outputs, uses, leaves)
-    return outputs, uses
+    return outputs
 
 
-def _check_explained(
-    recorder: Recorder, outputs: Tensor, uses: dict[str, list[Use]], leaves: dict[str, Tensor]
-) -> None:
-    """A parameter's gradient must equal the sum of its layer's score rows: else it is also used outside its module."""
+def unexplained(recorder: Recorder, batch: Batch) -> list[str]:
+    """Layers whose recorded inputs and outputs do not give their parameters' gradient.
+
+    Such a parameter is tied to another module, or used in a functional call. The test is one random signal at the outputs
+    of a few examples: the sum of the layer's score rows must equal the gradient from automatic differentiation.
+    """
+    outputs, uses, leaves = recorder.forward(batch)
     if not outputs.requires_grad or not torch.isfinite(outputs).all():
-        return
+        return []
     generator = torch.Generator().manual_seed(0)
     signal = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs.device, outputs.dtype)
     scores = backward(outputs, uses, signal)
@@ -248,20 +238,20 @@ def _check_explained(
         name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in zip(leaves.items(), grads, strict=True)
     }
     tolerance = 1e-3 if outputs.dtype == torch.float32 else 1e-8
+    found = []
     for layer in recorder.layout.layers:
+        if layer.name not in recorder.modules:
+            continue
         expected = torch.cat([truth[p.name].reshape(-1) for p in layer.parameters])
-        found = torch.zeros_like(expected)
+        rebuilt = torch.zeros_like(expected)
         for use, g in zip(uses[layer.name], scores[layer.name], strict=True):
             if g is not None:
-                found += use_rows(layer, use, g[:, None]).sum((0, 1))
-        if (found - expected).abs().max() > tolerance * expected.abs().max().clamp(
+                rebuilt += use_rows(layer, use, g[:, None]).sum((0, 1))
+        if (rebuilt - expected).abs().max() > tolerance * expected.abs().max().clamp(
             min=torch.finfo(expected.dtype).tiny
         ):
-            raise UnsupportedModuleError(
-                f"The inputs and outputs of module {layer.name!r} ({layer.type_name}) do not account for the gradient of its parameters "
-                f"{[p.name for p in layer.parameters]}: a parameter is also used outside the module (tied to another module, or in a functional call). "
-                "Leave it out with params=[...], or route every use through the module."
-            )
+            found.append(layer.name)
+    return found
 
 
 @contextmanager
