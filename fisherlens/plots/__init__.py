@@ -1,0 +1,22 @@
+"""Pictures of results: finished Datasets in, Axes out.
+
+Every function takes ``(dataset, ax=None, *, ...)``, draws without computing, shows nothing and changes no setting. Labels
+come from the ``long_name`` and ``units`` of the variables.
+"""
+
+from fisherlens.plots._coupling import coupling
+from fisherlens.plots._independence import independence, independence_panels
+from fisherlens.plots._information import information
+from fisherlens.plots._optimizers import optimizers
+from fisherlens.plots._partition import partition
+from fisherlens.plots._spectrum import spectrum
+
+__all__ = [
+    "coupling",
+    "independence",
+    "independence_panels",
+    "information",
+    "optimizers",
+    "partition",
+    "spectrum",
+]

@@ -1,0 +1,223 @@
+"""The heat map of the couplings between blocks."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fisherlens.errors import InputError
+from fisherlens.plots import _common as common
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from matplotlib.axes import Axes
+
+_MOST_NUMBERS = 12  # blocks up to which each cell carries its number
+_MOST_MARKS = 60  # blocks up to which single cells carry a mark that can be seen
+_MOST_NAMES = 40  # blocks up to which each block is named; more are named by layer where that is known
+
+_NO_FLOOR = (
+    "plot.coupling(excess=True) subtracts the variable 'noise_floor'; this Dataset has none. "
+    "Pass the Dataset as fl.coupling returned it, or excess=False."
+)
+
+
+def coupling(
+    dataset: xr.Dataset,
+    ax: Axes | None = None,
+    *,
+    excess: bool = False,
+    alpha: float = 0.05,
+    show_significant: bool = True,
+    show_noise: bool = True,
+    annotate: bool | None = None,
+    boundaries: bool | None = None,
+    colorbar: bool = True,
+    legend: bool = True,
+) -> Axes:
+    """Draw the coupling of every pair of blocks as a heat map, with what chance alone would give.
+
+    A dot marks pairs whose ``p_adjusted`` is below ``alpha``, hatching those at or below their noise floor. The legend
+    counts both over the pairs of different blocks, each once, also where the cells are too small to be marked.
+
+    Parameters
+    ----------
+    dataset
+        What :func:`fisherlens.coupling` returns: ``coupling (block_i, block_j)``; ``noise_floor``, ``p_adjusted`` and the
+        coordinate ``layer_i (block_i)`` are used if present.
+    ax
+        Axes to draw on; None for those of a new figure.
+    excess
+        Draw coupling minus noise floor, on a scale symmetric about zero and without the diagonal, instead of the coupling in [0, 1].
+    alpha
+        Level of the dots; 0.05 by convention.
+    show_significant, show_noise
+        Draw the dots; the hatching and the median floor in the colour bar.
+    annotate
+        Write the numbers into the cells; None for up to 12 blocks.
+    boundaries
+        Draw lines between layers; None for "where a layer has more than one block".
+    colorbar, legend
+        Draw the colour bar; the legend.
+
+    Returns
+    -------
+    The Axes.
+
+    Raises
+    ------
+    InputError: no ``coupling`` over (block_i, block_j), more dims than these, or ``excess`` without a noise floor.
+    TypeError: not a Dataset.
+
+    Examples
+    --------
+    >>> import xarray as xr
+    >>> blocks = {"block_i": ["0", "2"], "block_j": ["0", "2"]}
+    >>> ax = coupling(xr.Dataset({"coupling": (("block_i", "block_j"), [[1.0, 0.3], [0.3, 1.0]])}, blocks))
+    >>> [text.get_text() for text in ax.texts]
+    ['1', '0.30', '0.30', '1']
+    """
+    needs = ("block_i", "block_j")
+    array = common.read(dataset, "coupling", caller="coupling", source="fl.coupling", needs=needs)
+    extra = {
+        name: common.fit(dataset[name], caller="coupling", needs=needs).values.astype(float)
+        for name in ("noise_floor", "p_adjusted")
+        if name in dataset and set(needs) <= set(dataset[name].dims)
+    }
+    floor, p_value = extra.get("noise_floor"), extra.get("p_adjusted")
+    if excess and floor is None:
+        raise InputError(_NO_FLOOR)
+    values = array.values.astype(float)
+    count = len(values)
+    side = float(np.clip(0.42 * count + 2.0, 4.8, 7.2))
+    ax = common.new_axes(ax, side + 1.2, side)
+    shown = np.where(np.eye(count, dtype=bool), np.nan, values - floor) if excess else values
+    image = _draw(ax, shown, excess)
+    noisy = floor is not None and show_noise
+    handles: list[Any] = []
+    pairs = ~np.eye(count, dtype=bool)  # both triangles, so that a count is twice the number of pairs
+    if p_value is not None and show_significant:
+        handles.append(_mark_significant(ax, (p_value < alpha) & pairs, alpha))
+    if noisy:
+        handles.append(_mark_noise(ax, (values <= floor) & pairs & np.isfinite(values)))
+    if annotate or (annotate is None and count <= _MOST_NUMBERS):
+        _write(ax, shown, image)
+    layers = [str(name) for name in dataset["layer_i"].values] if "layer_i" in dataset.coords else None
+    _name(ax, array, layers, boundaries)
+    if colorbar:
+        text = f"{common.label(array)} − noise floor" if excess else common.label(array)
+        handles += _bar(ax, image, text, floor[pairs] if noisy and count > 1 and not excess else None)
+    if legend:
+        common.legend(ax, handles, **common.ABOVE)
+    return ax
+
+
+def _draw(ax: Axes, values: np.ndarray, excess: bool) -> Any:
+    from matplotlib import colormaps
+
+    if excess:
+        limit = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
+        shades, low, high = "RdBu_r", -limit, limit
+    else:
+        shades, low, high = "YlGnBu", 0.0, 1.0
+    image = ax.imshow(
+        values, cmap=colormaps[shades].with_extremes(bad="#D9D9D9"), vmin=low, vmax=high, interpolation="nearest"
+    )
+    common.tidy(ax, grid=None)
+    ax.spines[:].set_visible(False)
+    return image
+
+
+def _mark_significant(ax: Axes, cells: np.ndarray, alpha: float) -> Any:
+    from matplotlib.lines import Line2D
+
+    count = len(cells)
+    total = count * (count - 1) // 2
+    text = f"adjusted p < {alpha:g}: {cells.sum() // 2} of {total} pairs"
+    if count > _MOST_MARKS:
+        return Line2D([], [], linestyle="none", label=text)
+    size = max(1.5, min(5.0, 0.16 * common.span(ax, "y") / count * 72))
+    rows, columns = np.nonzero(cells)
+    style: dict[str, Any] = {
+        "marker": "o",
+        "markeredgecolor": common.INK,
+        "markerfacecolor": "white",
+        "linestyle": "none",
+    }
+    ax.plot(columns + 0.34, rows - 0.34, markersize=size, markeredgewidth=0.8, **style)
+    return Line2D([], [], markersize=5, markeredgewidth=0.8, label=text, **style)
+
+
+def _mark_noise(ax: Axes, cells: np.ndarray) -> Any:
+    from matplotlib.collections import PatchCollection
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch, Rectangle
+
+    count = len(cells)
+    total = count * (count - 1) // 2
+    text = f"at or below the noise floor: {cells.sum() // 2} of {total} pairs"
+    if count > _MOST_MARKS:
+        return Line2D([], [], linestyle="none", label=text)
+    style: dict[str, Any] = {"facecolor": "none", "edgecolor": "#B0B0B0", "linewidth": 0.0, "hatch": "////"}
+    squares = [Rectangle((column - 0.5, row - 0.5), 1, 1) for row, column in zip(*np.nonzero(cells), strict=True)]
+    marks = PatchCollection(squares, **style)
+    if hasattr(marks, "set_hatch_linewidth"):  # not in matplotlib before 3.11
+        marks.set_hatch_linewidth(0.6)
+    ax.add_collection(marks, autolim=False)
+    return Patch(label=text, **style)
+
+
+def _write(ax: Axes, values: np.ndarray, image: Any) -> None:
+    """Numbers in the cells, in the ink that the cell's own colour leaves readable."""
+    size = float(np.clip(0.3 * common.span(ax, "y") / len(values) * 72, 5.5, 9.0))
+    for (row, column), value in np.ndenumerate(values):
+        if not np.isfinite(value):
+            continue
+        red, green, blue, _ = image.cmap(image.norm(value))
+        dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.5
+        text = (
+            "1"
+            if np.isclose(value, 1.0, rtol=0, atol=1e-9)
+            else f"{value:.2f}".replace("-0.00", "0.00").replace("-", "−")
+        )
+        ax.text(column, row, text, ha="center", va="center", fontsize=size, color="white" if dark else common.INK)
+
+
+def _name(ax: Axes, array: xr.DataArray, layers: list[str] | None, boundaries: bool | None) -> None:
+    """Blocks by name while they are few, else layers at the middle of their blocks; lines where the layer changes."""
+    count = array.sizes["block_i"]
+    names = common.entries(array, "block_i")
+    places = list(range(count))
+    edges: list[int] = []
+    if layers is not None:
+        edges = [place for place in range(1, count) if layers[place] != layers[place - 1]]
+        if count > _MOST_NAMES:
+            bounds = [0, *edges, count]
+            places = [(start + stop - 1) / 2 for start, stop in pairwise(bounds)]
+            names = [layers[start] for start in bounds[:-1]]
+    if boundaries or (boundaries is None and 0 < len(edges) < count - 1):
+        width = 0.8 if len(edges) <= 12 else 0.4
+        for edge in edges:
+            ax.axhline(edge - 0.5, color=common.INK, linewidth=width)
+            ax.axvline(edge - 0.5, color=common.INK, linewidth=width)
+    common.name_ticks(ax, "x", places, names)
+    common.name_ticks(ax, "y", places, names)
+    whole = "layer" if layers is not None and len(names) < count else "block"
+    ax.set_xlabel(whole)
+    ax.set_ylabel(whole)
+
+
+def _bar(ax: Axes, image: Any, text: str, floor: np.ndarray | None) -> list[Any]:
+    bar = ax.figure.colorbar(image, ax=ax, fraction=0.046, pad=0.03)
+    bar.outline.set_visible(False)
+    bar.set_label(text, color=common.INK)
+    bar.ax.tick_params(labelsize=common.TICK_SIZE, color=common.FAINT, labelcolor=common.INK)
+    if floor is None or not np.isfinite(floor).any():
+        return []
+    middle = float(np.nanmedian(floor))
+    line = bar.ax.axhline(
+        middle, color=common.PALETTE[1], linewidth=2.0, label=f"median noise floor {middle:.2f} (in the colour bar)"
+    )
+    return [line]

@@ -1,0 +1,459 @@
+"""Plots of independence, information, partitions and training runs: artists, labels, and what they refuse."""
+
+import re
+
+import matplotlib as mpl
+import numpy as np
+import plot_samples as samples
+import pytest
+import xarray as xr
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.colors import to_hex
+from plot_samples import figures, full, texts, ticks  # noqa: F401 - the fixture acts by its presence
+
+from fisherlens import plots
+from fisherlens.errors import InputError
+from fisherlens.plots import _partition
+
+# --- independence ---------------------------------------------------------------------------------
+
+
+def test_independence_groups_bars_by_layer_the_whole_network_first():
+    dataset = samples.independence()
+    ax = plots.independence(dataset)
+    names = ["layer", "unit", "cw-ngd", "mbf", "diagonal"]
+    assert texts(ax) == [*names, "full Fisher"]
+    assert ticks(ax.xaxis) == ["whole\nnetwork", *samples.CNN]
+    order = ["all", *samples.CNN]
+    for name, bars in zip(names, ax.containers, strict=True):
+        expected = dataset["natural_gradient_cosine"].sel(partition=name, layer=order)
+        np.testing.assert_array_equal([bar.get_height() for bar in bars], expected)
+    assert ax.get_ylabel() == "cosine to the natural gradient"
+    assert ax.get_ylim()[0] == 0
+
+
+def test_independence_marks_the_chance_level_of_the_energy():
+    dataset = samples.independence()
+    ax = plots.independence(dataset, variable="energy_captured")
+    assert "random partition, same sizes" in texts(ax)
+    levels = [segment[0][1] for lines in ax.collections for segment in lines.get_segments()]
+    assert set(levels) == set(dataset["energy_noise_floor"].values.ravel())
+    middles = sorted(bar.get_x() + bar.get_width() / 2 for bars in ax.containers for bar in bars)
+    marks = sorted({np.mean([point[0] for point in s]) for lines in ax.collections for s in lines.get_segments()})
+    np.testing.assert_allclose(marks, middles)
+    assert not plots.independence(dataset, variable="energy_captured", show_floor=False).collections
+    assert not plots.independence(dataset.drop_vars("energy_noise_floor"), variable="energy_captured").collections
+
+
+def test_independence_draws_points_on_logarithmic_axes():
+    dataset = samples.independence()
+    ax = plots.independence(dataset, variable="condition_number")
+    assert ax.get_yscale() == "log"
+    assert not ax.containers
+    points = [line for line in ax.get_lines() if line.get_linestyle() == "None"]
+    assert len({line.get_marker() for line in points}) == 5
+    values = dataset["condition_number"].sel(layer=["all", *samples.CNN]).values
+    np.testing.assert_array_equal([line.get_ydata() for line in points], values)
+    ideal = [line.get_ydata()[0] for line in ax.get_lines() if line.get_label() == "full Fisher"]
+    assert ideal == [1.0]
+
+
+def test_independence_of_many_layers_uses_points_and_selects_layers():
+    dataset = samples.independence(samples.DEEP)
+    ax = plots.independence(dataset)
+    assert not ax.containers
+    assert len(ticks(ax.xaxis)) == 25
+    ax = plots.independence(dataset, layers=[samples.DEEP[3], "all"], show_ideal=False)
+    assert ticks(ax.xaxis)[1] == "whole\nnetwork"
+    assert len(ax.containers) == 5
+    assert "full Fisher" not in texts(ax)
+    message = "Unknown layer 'encoder'. "
+    with pytest.raises(InputError, match="^" + re.escape(message)):
+        plots.independence(dataset, layers="encoder")
+    with pytest.raises(InputError, match=r"^Unknown layer ''\."):
+        plots.independence(dataset, layers=[])
+
+
+def test_independence_leaves_out_what_was_not_computed():
+    dataset = samples.independence()
+    values = dataset["condition_number"].copy()
+    values[0, 0] = np.nan
+    ax = plots.independence(dataset.assign(condition_number=values), variable="condition_number")
+    assert [len(line.get_xdata()) for line in ax.get_lines() if line.get_linestyle() == "None"] == [4, 5, 5, 5, 5]
+    empty = dataset.assign(natural_gradient_cosine=dataset["natural_gradient_cosine"] * np.nan)
+    plots.independence(empty).figure.draw_without_rendering()
+    message = (
+        "plot.independence(scale='log') found no value above zero in 'natural_gradient_cosine'. "
+        "Use scale='linear', or look at the values."
+    )
+    with pytest.raises(InputError, match=full(message)):
+        plots.independence(empty, scale="log")
+    with pytest.raises(InputError, match=full("Unknown scale 'cubic'. Known: 'auto', 'linear', 'log'.")):
+        plots.independence(dataset, scale="cubic")
+
+
+def test_independence_of_more_partitions_than_colours():
+    names = [f"scheme-{i}" for i in range(11)]
+    ax = plots.independence(samples.independence(samples.CNN[:2], names))
+    looks = {(to_hex(bars[0].get_facecolor()), bars[0].get_hatch()) for bars in ax.containers}
+    assert len(looks) == 11
+
+
+def test_independence_panels():
+    dataset, before = samples.independence(), samples.independence()
+    panels = plots.independence_panels(dataset)
+    assert list(panels) == ["natural_gradient_cosine", "energy_captured", "decrease_ratio", "condition_number"]
+    (figure,) = {ax.figure for ax in panels.values()}
+    (legend,) = figure.legends
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert shown == [*dataset["partition"].values, "full Fisher", "random partition, same sizes"]
+    assert not any(ax.get_legend() for ax in panels.values())
+    figure.draw_without_rendering()
+    xr.testing.assert_identical(dataset, before)
+
+
+def test_independence_panels_of_many_layers_are_stacked_and_share_names():
+    panels = plots.independence_panels(samples.independence(samples.DEEP), legend=False)
+    axes = list(panels.values())
+    figure = axes[0].figure
+    figure.draw_without_rendering()
+    boxes = [ax.get_position() for ax in axes]
+    assert len({round(box.x0, 3) for box in boxes}) == 1
+    assert [any(label.get_visible() for label in ax.get_xticklabels()) for ax in axes] == [False, False, False, True]
+    assert not figure.legends
+
+
+def test_independence_panels_on_given_axes():
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    given = {"kl_divergence": axes[0], "num_blocks": axes[1]}
+    panels = plots.independence_panels(samples.independence(), given, variables=["kl_divergence", "num_blocks"])
+    assert panels == given
+    assert plt.get_fignums() == [figure.number]
+    assert axes[0].get_legend() is not None
+    assert axes[0].get_ylabel() == "divergence to the full Fisher [nat]"
+    message = (
+        "plot.independence_panels draws into the Axes of every variable or of none; axes lacks 'energy_captured'. "
+        "Pass a dict variable -> Axes for ['kl_divergence', 'energy_captured']."
+    )
+    with pytest.raises(InputError, match=full(message)):
+        plots.independence_panels(samples.independence(), given, variables=["kl_divergence", "energy_captured"])
+
+
+# --- information ----------------------------------------------------------------------------------
+
+
+def test_information_bars_follow_the_network_with_shares():
+    dataset = samples.information()
+    ax = plots.information(dataset)
+    (bars,) = ax.containers
+    np.testing.assert_array_equal([bar.get_width() for bar in bars], dataset["information"][:-1])
+    assert ticks(ax.yaxis) == list(samples.CNN)  # without "all"
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]
+    assert ax.get_xlabel() == "information, trace of the block [nat]\n% = share of the information"
+    share = dataset["share"].values[:-1]
+    for text, value in zip(ax.texts, share, strict=True):
+        shown = text.get_text().removesuffix(" %")
+        assert shown == "< 0.1" if value < 0.001 else float(shown) == pytest.approx(100 * value, abs=0.5)
+    assert not plots.information(dataset, annotate=False).texts
+
+
+def test_information_annotates_values_where_shares_do_not_apply():
+    dataset = samples.information()
+    ax = plots.information(dataset, variable="effective_dimension")
+    assert [text.get_text() for text in ax.texts] == [f"{v:.3g}" for v in dataset["effective_dimension"].values[:-1]]
+    assert ax.get_xlabel() == "effective dimension"
+    bare = plots.information(dataset[["information"]])
+    assert [text.get_text() for text in bare.texts] == [f"{v:.3g}" for v in dataset["information"].values[:-1]]
+
+
+def test_information_of_stages_and_of_the_whole_alone():
+    dataset = samples.information(stages=samples.STAGES)
+    ax = plots.information(dataset)
+    assert texts(ax) == list(samples.STAGES)
+    assert len(ax.containers) == 3
+    for stage, bars in zip(samples.STAGES, ax.containers, strict=True):
+        expected = dataset["information"].sel(stage=stage)[:-1]
+        np.testing.assert_array_equal([bar.get_width() for bar in bars], expected)
+    whole = plots.information(samples.information().isel(layer=[-1]))
+    assert ticks(whole.yaxis) == ["all"]
+
+
+def test_information_on_a_logarithmic_axis_is_points():
+    dataset = samples.information()
+    dataset["information"][0] = 0.0
+    ax = plots.information(dataset, scale="log")
+    assert ax.get_xscale() == "log"
+    assert not ax.containers
+    (points,) = ax.get_lines()
+    np.testing.assert_array_equal(points.get_xdata(), dataset["information"][1:-1])
+    assert len(ax.texts) == 3
+    message = (
+        "plot.information(scale='log') found no value above zero in 'information'. Use scale='linear', or look at the values: "
+        "zero information means that no output depends on the parameter."
+    )
+    with pytest.raises(InputError, match=full(message)):
+        plots.information(dataset * 0, scale="log")
+    with pytest.raises(InputError, match=full(message)):
+        plots.information(samples.unit_information() * 0, scale="log")
+
+
+def test_information_of_units_is_sorted_per_layer():
+    dataset = samples.unit_information()
+    ax = plots.information(dataset)
+    assert ax.get_yscale() == "log"
+    for line, text, layer in zip(ax.get_lines(), texts(ax), samples.CNN, strict=True):
+        values = dataset["information"].values[dataset["layer"].values == layer]
+        np.testing.assert_array_equal(line.get_ydata(), np.sort(values[values > 0])[::-1])
+        assert text == f"{layer} ({(values == 0).sum()} of 64 zero)"
+    assert ax.get_xlabel() == "rank among the units of a layer (1 = largest)"
+    assert ax.get_ylabel() == "information, trace of the block [nat]"
+
+
+def test_information_of_parameters_without_layers():
+    values = np.linspace(1, 2, 300)
+    dataset = xr.Dataset({"information": ("param", values)})
+    ax = plots.information(dataset)
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "linear")
+    assert ax.get_legend() is None
+    assert ax.get_xlabel() == "rank among the parameters (1 = largest)"
+    np.testing.assert_array_equal(ax.get_lines()[0].get_ydata(), values[::-1])
+
+
+def test_information_of_units_in_many_layers_and_stages():
+    ax = plots.information(samples.unit_information(samples.DEEP, per_layer=8))
+    assert len(ax.figure.axes) == 2
+    one = samples.unit_information(samples.CNN[:2])
+    both = xr.concat([one, 2 * one], dim=xr.Variable("stage", ["start", "end"]))
+    ax = plots.information(both)
+    assert [text.split(" (")[0] for text in texts(ax)] == [
+        f"{name} · {s}" for name in samples.CNN[:2] for s in ("start", "end")
+    ]
+    assert len({line.get_color() for line in ax.get_lines()}) == 2
+
+
+def test_information_needs_one_dim():
+    message = (
+        "plot.information draws 'information' over one of the dims 'layer', 'unit', 'channel' or 'param', and 'stage' at will; "
+        "it has the dims ('layer', 'unit') here. Select one entry of the others first, with dataset.sel(...)."
+    )
+    with pytest.raises(InputError, match=full(message)):
+        plots.information(xr.Dataset({"information": (("layer", "unit"), np.ones((2, 2)))}))
+
+
+# --- partition ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["kernel", "unit", "input", "diagonal", "layer", "sequential"])
+def test_partition_neighbours_differ_and_blocks_keep_their_colour(scheme):
+    dataset = samples.partition(scheme, bias=False)
+    (image,) = plots.partition(dataset).images
+    picture, block = image.get_array(), dataset["block"].values
+    assert picture.shape[:2] == block.shape
+    for one, two in ((np.s_[:, :-1], np.s_[:, 1:]), (np.s_[:-1], np.s_[1:])):
+        differ = (picture[one] != picture[two]).any(axis=-1)
+        np.testing.assert_array_equal(differ, block[one] != block[two])
+    for number in np.unique(block):
+        assert len(np.unique(picture[block == number], axis=0)) == 1
+
+
+def test_partition_cuts_between_blocks():
+    dataset = samples.partition("kernel", outputs=2, channels=2, kernel=3, bias=False)
+    ax = plots.partition(dataset, show_kernels=False)
+    (lines,) = ax.collections
+    segments = {tuple(map(tuple, segment)) for segment in np.array(lines.get_segments())}
+    vertical = {((2.5, row - 0.5), (2.5, row + 0.5)) for row in range(2)}
+    horizontal = {((column - 0.5, 0.5), (column + 0.5, 0.5)) for column in range(6)}
+    assert segments == vertical | horizontal
+
+
+def test_partition_labels_and_title():
+    ax = plots.partition(samples.partition("kernel"))
+    assert ax.get_title(loc="left") == "features.3 · kernel · 33 blocks, 32 of 9 and 1 of 8"
+    assert ax.get_xlabel() == "input channel, 9 entries each"
+    assert ticks(ax.xaxis) == ["0", "1", "2", "3", "bias"]
+    assert ax.get_ylabel() == "output"
+    assert len(ax.get_lines()) == 3  # between four kernels
+    assert not plots.partition(samples.partition("kernel"), title=False).get_title(loc="left")
+    dense = plots.partition(samples.partition("unit", outputs=5, channels=6, kernel=1))
+    assert dense.get_xlabel() == "input"
+    assert dense.get_title(loc="left") == "features.3 · unit · 5 blocks of 7"
+    assert not dense.get_lines()
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected"),
+    [
+        ([[0, 1, 1, 2, 2, 2]], "3 blocks of 1 to 3"),
+        ([[0, 0, 0]], "1 block of 3"),
+        ([[-1, -1]], "no blocks"),
+        ([[0, -1]], "1 block of 1"),
+    ],
+)
+def test_partition_title_counts_blocks(blocks, expected):
+    dataset = xr.Dataset({"block": (("output", "input"), np.array(blocks))})
+    assert plots.partition(dataset).get_title(loc="left") == expected
+
+
+def test_partition_of_entries_in_no_block_is_pale():
+    dataset = xr.Dataset({"block": (("output", "input"), np.array([[0, -1]]))})
+    (image,) = plots.partition(dataset).images
+    assert to_hex(image.get_array()[0, 1]) == _partition._NO_BLOCK.lower()
+
+
+def test_partition_bias_shares_its_block_or_is_grey():
+    unit = plots.partition(samples.partition("unit")).images[0].get_array()
+    np.testing.assert_array_equal(unit[:, -1], unit[:, 0])
+    kernel = plots.partition(samples.partition("kernel")).images[0].get_array()
+    assert {to_hex(tone) for tone in kernel[:, -1]} == {_partition._GREYS[0].lower()}
+    assert {to_hex(tone) for tone in kernel[:, -2]} == {"#ffffff"}
+
+
+def test_partition_of_a_large_weight_shows_its_corner_and_says_so():
+    dataset = samples.partition("kernel", outputs=64, channels=32)
+    ax = plots.partition(dataset)
+    assert ax.images[0].get_array().shape[:2] == (32, 72 + 3)
+    assert ax.get_xlabel() == "input channel, 9 entries each (first 8 of 32)"
+    assert ax.get_ylabel() == "output (first 32 of 64)"
+    assert ax.get_title(loc="left") == "features.3 · kernel · 2049 blocks, 1 of 64 and 2048 of 9"
+    dense = plots.partition(samples.partition("unit", channels=100, kernel=1), max_inputs=10, max_outputs=4)
+    assert dense.get_xlabel() == "input (first 10 of 100)"
+    assert dense.get_ylabel() == "output (first 4 of 8)"
+    for name in ("max_outputs", "max_inputs"):
+        message = f"{name} must be an integer >= 1, the rows or columns to draw at most; got 0."
+        with pytest.raises(InputError, match=full(message)):
+            plots.partition(dataset, **{name: 0})
+
+
+def test_partition_object_with_a_layer():
+    class Partition:
+        def to_dataset(self, layer: str) -> xr.Dataset:
+            return samples.partition("unit").assign_attrs(layer=layer)
+
+    ax = plots.partition(Partition(), layer="0.conv")
+    assert ax.get_title(loc="left").startswith("0.conv · unit")
+    message = (
+        "plot.partition draws one layer of a partition; got Partition without layer=. "
+        "Name it: plot.partition(p, layer='...'), or pass p.to_dataset('...')."
+    )
+    with pytest.raises(InputError, match=full(message)):
+        plots.partition(Partition())
+
+
+# --- optimizers -----------------------------------------------------------------------------------
+
+
+def medians(ax) -> dict[str, np.ndarray]:
+    return {line.get_label().split(" (")[0]: line.get_xydata() for line in ax.get_lines() if len(line.get_xdata()) > 1}
+
+
+def test_optimizers_draw_median_and_range():
+    dataset = samples.optimizers(diverge=False)
+    ax = plots.optimizers(dataset)
+    names = list(dataset["optimizer"].values)
+    assert texts(ax) == names
+    for name, curve in medians(ax).items():
+        runs = dataset["train_loss"].sel(optimizer=name)
+        np.testing.assert_array_equal(curve[:, 0], dataset["step"])
+        np.testing.assert_allclose(curve[:, 1], runs.median("seed"))
+    bands = [band.get_paths()[0].vertices for band in ax.collections]
+    for name, band in zip(names, bands, strict=True):
+        runs = dataset["train_loss"].sel(optimizer=name)
+        assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((float(runs.min()), float(runs.max())))
+    assert ax.get_yscale() == "log"
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("step", "training loss [nat]")
+    assert not plots.optimizers(dataset, show_range=False).collections
+    assert len(plots.optimizers(dataset, show_seeds=True).get_lines()) == 4 + 20
+
+
+def test_optimizers_count_and_mark_diverged_runs():
+    dataset = samples.optimizers()
+    ax = plots.optimizers(dataset)
+    assert texts(ax)[-2:] == ["kfac (2 of 5 diverged)", "a run diverged here"]
+    crosses = [line for line in ax.get_lines() if line.get_marker() == "x" and len(line.get_xdata())]
+    assert [cross.get_xdata()[0] for cross in crosses] == [60, 60]
+    lost = dataset["train_loss"].sel(optimizer="kfac", step=60)[:2]
+    np.testing.assert_allclose([cross.get_ydata()[0] for cross in crosses], lost)
+    # three of five go on: the median is the worst of these, as the other two are worse than any
+    alive = dataset["train_loss"].sel(optimizer="kfac")[2:, 60:]
+    np.testing.assert_allclose(medians(ax)["kfac"][60:, 1], alive.max("seed"))
+    quiet = plots.optimizers(dataset, show_diverged=False)
+    assert texts(quiet)[-1] == "kfac"
+    assert not [line for line in quiet.get_lines() if line.get_marker() == "x"]
+
+
+def test_optimizers_median_ends_where_most_runs_diverged():
+    dataset = samples.optimizers()
+    loss = dataset["train_loss"].copy()
+    loss[-1, :3, 100:] = np.inf
+    curve = medians(plots.optimizers(dataset.assign(train_loss=loss)))["kfac"]
+    assert curve[:, 0].max() == 100
+    accuracy = medians(plots.optimizers(dataset, variable="test_accuracy"))["kfac"]
+    alive = dataset["test_accuracy"].sel(optimizer="kfac", step=accuracy[-1, 0])[2:]
+    assert accuracy[-1, 1] == pytest.approx(float(alive.min()))
+
+
+def test_optimizers_trust_the_flag_of_the_result():
+    dataset = samples.optimizers(diverge=False)
+    flags = np.zeros((4, 5), dtype=bool)
+    flags[1, 0] = True
+    flagged = dataset.assign(diverged=(("seed", "optimizer"), flags.T))
+    assert texts(plots.optimizers(flagged))[1] == "adam (1 of 5 diverged)"
+
+
+def test_optimizers_bridge_steps_that_were_not_measured():
+    dataset = samples.optimizers(diverge=False)
+    curve = medians(plots.optimizers(dataset, variable="test_loss"))["sgd"]
+    assert curve[:, 0].tolist() == [1, *range(10, 201, 10)]
+
+
+def test_optimizers_over_seconds():
+    dataset = samples.optimizers(diverge=False)
+    ax = plots.optimizers(dataset, x="seconds", variable="test_accuracy")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("time [s]", "test accuracy")
+    assert ax.get_yscale() == "linear"
+    assert ax.get_ylim()[1] <= 1.02
+    middle = dataset["seconds"].median("seed").sel(optimizer="adam", step=[1, *range(10, 201, 10)])
+    np.testing.assert_allclose(medians(ax)["adam"][:, 0], middle)
+    shared = dataset.assign(seconds=dataset["seconds"].isel(seed=0, drop=True))
+    np.testing.assert_allclose(medians(plots.optimizers(shared, x="seconds"))["sgd"][:, 0], shared["seconds"][0])
+
+
+@pytest.mark.parametrize("scale", ["log", "linear"])
+def test_optimizers_keep_an_explosion_off_the_axis(scale):
+    dataset = samples.optimizers()
+    loss = dataset["train_loss"].copy()
+    loss[-1, :2, 59] = 1e33
+    ax = plots.optimizers(dataset.assign(train_loss=loss), scale=scale)
+    start = float(loss[:, :, 0].max())
+    low, high = ax.get_ylim()
+    assert high == pytest.approx(10 * start)
+    assert low < float(loss.min())
+    assert low > (0 if scale == "log" else -1.5 * start)
+    crosses = [line.get_ydata()[0] for line in ax.get_lines() if line.get_marker() == "x" and len(line.get_xdata())]
+    assert all(start < cross < high for cross in crosses)
+
+
+def test_optimizers_of_one_seed_and_of_many_names():
+    ax = plots.optimizers(samples.optimizers(seeds=1, diverge=False))
+    assert not ax.collections
+    names = [f"optimizer {i}" for i in range(11)]
+    ax = plots.optimizers(samples.optimizers(names=names, steps=30, diverge=False))
+    lines = [line for line in ax.get_lines() if line.get_label() in names]
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 11
+    ax.figure.draw_without_rendering()
+    assert ax.get_legend().get_window_extent().x0 > ax.get_window_extent().x1
+
+
+def test_optimizers_without_a_finite_value():
+    dataset = samples.optimizers()
+    message = (
+        "plot.optimizers found no finite value of 'train_loss' to draw. Did every run diverge before it was first measured? "
+        "Look at the variable 'train_loss', or lower the learning rates."
+    )
+    with pytest.raises(InputError, match=full(message)):
+        plots.optimizers(dataset.assign(train_loss=dataset["train_loss"] * np.nan))
+    with pytest.raises(InputError, match=full("Unknown x 'time'. Did you mean 'step'? Known: 'step', 'seconds'.")):
+        plots.optimizers(dataset, x="time")
