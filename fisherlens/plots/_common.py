@@ -160,8 +160,12 @@ def shorten(names: Sequence[str], limit: int = 26) -> list[str]:
 
 def span(ax: Axes, axis: str) -> float:
     """Length of an axis in inches, as far as it is known before the layout."""
+    share = 1.0
+    if ax.get_aspect() != "auto":  # square cells leave a part of the Axes empty, and a colour bar will take some more
+        ax.apply_aspect()
+        share = 0.93
     box = ax.get_window_extent()
-    return float((box.width if axis == "x" else box.height) / ax.figure.dpi)
+    return float(share * (box.width if axis == "x" else box.height) / ax.figure.dpi)
 
 
 def name_ticks(ax: Axes, axis: str, places: Sequence[float], names: Sequence[str]) -> None:
@@ -229,7 +233,7 @@ def named(ax: Axes) -> list[Any]:
 
 def entry_texts(ax: Axes, handles: Sequence[Any]) -> list[str]:
     """The labels of a legend's entries, broken into lines where the Axes are narrow."""
-    return [wrap(str(handle.get_label()), span(ax, "x") - 0.4, NOTE_SIZE) for handle in handles]
+    return [wrap(str(handle.get_label()), span(ax, "x") - 0.4, 0.9 * NOTE_SIZE) for handle in handles]
 
 
 def legend(ax: Axes, handles: Sequence[Any] | None = None, **options: Any) -> None:
