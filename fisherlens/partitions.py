@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +16,10 @@ from fisherlens import _partition_schemes as schemes
 from fisherlens import errors
 from fisherlens.errors import InputError
 from fisherlens.layout import Layout
+from fisherlens.results import make_dataset
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 SCHEMES = (
     *("layer", "parameter", "unit", "input", "channel", "kernel", "cw-ngd", "mbf"),
@@ -199,6 +204,31 @@ class Partition:
         theirs = other.block_of.numpy()[self.flat.numpy()]
         lowest = np.minimum.reduceat(theirs, self._starts)
         return bool(((lowest == np.maximum.reduceat(theirs, self._starts)) & (lowest >= 0)).all())
+
+    def to_dataset(self, layer: str) -> xr.Dataset:
+        """Describe one layer's weight as a matrix of block numbers, for ``fl.plot.partition``.
+
+        ``block (output, input)``: the first axis of the weight by all others in memory order; ``bias_block (output)`` if there is a bias.
+        Numbers are places in ``blocks``, -1 for no block.
+        """
+        info = self.layout.layer(layer)
+        shown = info.weight or info.parameters[0]
+        ids = self.block_of.numpy()
+        rows = shown.shape[0] if shown.shape else 1
+        kernel = (
+            math.prod(shown.shape[2:])
+            if info.kind == "conv"
+            else math.prod(info.input_map[1:])
+            if info.input_map
+            else 1
+        )
+        number = {"long_name": "number of the block", "units": "1"}
+        variables = {"block": (("output", "input"), ids[shown.start : shown.stop].reshape(rows, -1), number)}
+        if info.bias is not None and info.bias is not shown:
+            variables["bias_block"] = ("output", ids[info.bias.start : info.bias.stop], number)
+        coords = {"output": np.arange(rows), "input": np.arange(variables["block"][1].shape[1])}
+        facts = {"layer": layer, "scheme": self.scheme, "columns_per_channel": int(kernel)}
+        return make_dataset(variables, coords, method="segmentation of the parameters", **facts)
 
     def __len__(self) -> int:
         return self.num_blocks
