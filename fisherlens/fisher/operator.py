@@ -187,7 +187,7 @@ class Fisher:
         return self._answer(v, self._product)
 
     def _product(self, v: Tensor) -> Tensor:
-        return self.scores.rmatmat(self.scores.matmat(v).div_(self.total_weight))
+        return self.scores.product(v, 1 / self.total_weight)
 
     def _answer(self, v: Vector, function: Callable[[Tensor], Tensor]) -> Vector:
         """Apply a map of ``(P, K)`` to a vector in any of its three forms."""

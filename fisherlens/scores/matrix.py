@@ -75,6 +75,10 @@ class ScoreMatrix:
             layer.rmatmat(z, out[:, start : start + layer.size])
         return out.T
 
+    def product(self, v: Tensor, scale: float = 1.0) -> Tensor:
+        """UᵀU V times a scale, ``(P, K)``."""
+        return self.rmatmat(self.matmat(v).mul_(scale))
+
     def layer_gram(self, name: str) -> Tensor:
         """U_l U_lᵀ over all rows, computed once and kept."""
         if name not in self._grams:

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch import Tensor
+from torch.func import grad, vmap
 
 from fisherlens.errors import InputError
 from fisherlens.layout import LayerInfo
-from fisherlens.scores.source import Batch, call
+from fisherlens.scores.source import Batch
 
 # Examples that one vectorised pass takes at most: it holds every activation of each of them.
 _CHUNK = 64
+
+
+class Runner(Protocol):
+    """Runs the model on a batch with some parameters replaced."""
+
+    def leaves(self) -> dict[str, Tensor]: ...
+
+    def outputs(self, batch: Batch, values: Mapping[str, Tensor]) -> Tensor: ...
 
 
 class PerExample:
@@ -26,24 +35,26 @@ class PerExample:
 
     Parameters
     ----------
-    model
-        The network; its parameters are replaced for the call and never touched.
+    recorder
+        Runs the model with replaced parameters.
     layers
         The layers whose rows are wanted.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[LayerInfo]):
-        self.caller = Caller(model)
+    def __init__(self, recorder: Runner, layers: Sequence[LayerInfo]):
+        self._recorder = recorder
         self.layers = tuple(layers)
-        parameters = dict(model.named_parameters())
         self._names = [p.name for layer in layers for p in layer.parameters]
-        self._values = {f"model.{name}": parameters[name].detach() for name in self._names}
         self._vectorised = True
 
     def rows(self, batch: Batch, signal: Tensor) -> dict[str, list[Tensor]]:
         """Per layer, one ``(n, numel)`` piece per parameter: the gradient of ⟨signal_n, f(x_n)⟩ for every example n."""
         found = self._all(batch, signal)
-        return {layer.name: [found[f"model.{p.name}"].flatten(1) for p in layer.parameters] for layer in self.layers}
+        return {layer.name: [found[p.name].flatten(1) for p in layer.parameters] for layer in self.layers}
+
+    def _leaves(self) -> dict[str, Tensor]:
+        leaves = self._recorder.leaves()
+        return {name: leaves[name].detach() for name in self._names}
 
     def _all(self, batch: Batch, signal: Tensor) -> Mapping[str, Tensor]:
         if self._vectorised:
@@ -52,7 +63,7 @@ class PerExample:
             except (RuntimeError, NotImplementedError, ValueError, TypeError):
                 self._vectorised = False  # an operation without a batching rule, or control flow that depends on data
         pieces = [self._one(batch.part(i, i + 1), signal[i : i + 1]) for i in range(batch.size)]
-        return {name: torch.stack([piece[name] for piece in pieces]) for name in self._values}
+        return {name: torch.stack([piece[name] for piece in pieces]) for name in self._names}
 
     def _vmapped(self, batch: Batch, signal: Tensor) -> Mapping[str, Tensor]:
         leaves, rebuild = _split(batch)
@@ -60,17 +71,20 @@ class PerExample:
 
         def inner(values: dict[str, Tensor], s: Tensor, *tensors: Tensor) -> Tensor:
             whole = [x[None] if axis == 0 else x for x, axis in zip(tensors, axes, strict=True)]
-            return (functional_call(self.caller, values, (rebuild(whole),))[0] * s).sum()
+            return (self._recorder.outputs(replace(batch, inputs=rebuild(whole)), values)[0] * s).sum()
 
-        with torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "There is a performance drop")  # right all the same, and nothing to be done
+        # no_grad concerns the surrounding graph, that of parameters which are not asked for; grad() records its own
+        with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "There is a performance drop"
+            )  # right all the same, and nothing to be done
             rows = vmap(grad(inner), in_dims=(None, 0, *axes), chunk_size=_CHUNK)
-            return rows(self._values, signal, *(x for x, _ in leaves))
+            return rows(self._leaves(), signal, *(x for x, _ in leaves))
 
     def _one(self, batch: Batch, signal: Tensor) -> Mapping[str, Tensor]:
         with torch.inference_mode(False), torch.enable_grad():
-            values = {name: value.detach().requires_grad_() for name, value in self._values.items()}
-            outputs = functional_call(self.caller, values, (batch.inputs,))
+            values = {name: value.requires_grad_() for name, value in self._leaves().items()}
+            outputs = self._recorder.outputs(batch, values)
             if not outputs.requires_grad:
                 return {name: torch.zeros_like(value) for name, value in values.items()}
             grads = torch.autograd.grad(outputs, list(values.values()), signal, allow_unused=True)
@@ -78,18 +92,6 @@ class PerExample:
             name: torch.zeros_like(value) if g is None else g
             for (name, value), g in zip(values.items(), grads, strict=True)
         }
-
-
-class Caller(nn.Module):
-    """Lets ``functional_call`` pass tuples and dicts of inputs the way :func:`call` does."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-        self.training = model.training
-
-    def forward(self, inputs: Any) -> Tensor:
-        return call(self.model, inputs)
 
 
 def _split(batch: Batch) -> tuple[list[tuple[Tensor, bool]], Any]:

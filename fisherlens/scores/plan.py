@@ -74,6 +74,11 @@ class Plan:
         return sum(entry.nbytes for entry in self.layers)
 
     @property
+    def streamed(self) -> bool:
+        """Whether nothing is kept and every answer passes over the data."""
+        return any(entry.path == "streamed" for entry in self.layers)
+
+    @property
     def product_cost(self) -> float:
         """FLOPs of one product over those of one gradient evaluation."""
         return sum(e.product_flops for e in self.layers) / max(sum(e.gradient_flops for e in self.layers), 1.0)
@@ -164,32 +169,46 @@ def make_plan(
             used += extra
         else:
             chosen[name] = (chosen[name][0], f"explicit rows ({readable_bytes(rows.nbytes)}) would not fit")
-    if used > budget:
+    streamed = used > budget
+    if streamed and used / n_data > budget:
         largest = max(chosen, key=lambda name: chosen[name][0].nbytes)
-        fitting = max(1, int(n_data * budget / used))
         raise MemoryBudgetError(
-            f"The scores of {n_data} examples x {n_columns} columns need {readable_bytes(used)}, over the budget of {readable_bytes(budget)}; the largest "
-            f"layer is {largest!r} with {readable_bytes(chosen[largest][0].nbytes)}. About {fitting} examples would fit; kind='mc' needs one column per "
-            f"draw instead of {n_columns}; or raise memory=."
+            f"The scores of a single example x {n_columns} columns need {readable_bytes(used / n_data)}, over the budget of {readable_bytes(budget)}; the "
+            f"largest layer is {largest!r}. kind='mc' needs one column per draw instead of {n_columns}; or raise memory=."
         )
     return Plan(
         [
-            LayerPlan(
-                layer.name,
-                layer.type_name,
-                "explicit" if chosen[layer.name][0].storage in ("rows", "none", "per example") else "factors",
-                chosen[layer.name][0].storage,
-                chosen[layer.name][1],
-                facts[layer.name][1],
-                chosen[layer.name][0].nbytes,
-                chosen[layer.name][0].flops,
-                facts[layer.name][2],
+            _entry(
+                layer,
+                *chosen[layer.name],
+                positions=facts[layer.name][1],
+                gradient=facts[layer.name][2],
+                streamed=streamed,
             )
             for layer in layers
         ],
         n_data,
         n_columns,
         budget,
+    )
+
+
+def _entry(
+    layer: LayerInfo, candidate: _Candidate, reason: str, *, positions: int, gradient: float, streamed: bool
+) -> LayerPlan:
+    """A layer's line in the plan. Streamed, nothing is kept and a product is a linearised forward and a backward pass."""
+    explicit = candidate.storage in ("rows", "none", "per example")
+    path = "streamed" if streamed else "explicit" if explicit else "factors"
+    return LayerPlan(
+        layer.name,
+        layer.type_name,
+        path,
+        candidate.storage,
+        "scores do not fit the budget" if streamed else reason,
+        positions,
+        0 if streamed else candidate.nbytes,
+        gradient * 5 / 3 if streamed else candidate.flops,
+        gradient,
     )
 
 

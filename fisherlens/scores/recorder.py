@@ -21,8 +21,7 @@ from fisherlens.layout import ROOT, LayerInfo, Layout
 from fisherlens.linalg.memory import Workspace
 from fisherlens.scores.conv import ConvGeometry, conv_rows
 from fisherlens.scores.norm import norm_rows
-from fisherlens.scores.per_example import Caller
-from fisherlens.scores.source import Batch, describe
+from fisherlens.scores.source import Batch, call, describe
 
 _PASS_THROUGH = ("Relu", "Clone", "Alias", "Dropout", "Tanh", "Sigmoid", "Gelu", "Elu", "Silu", "Softplus", "ToCopy")
 
@@ -55,6 +54,24 @@ class Recorder:
         with_rule = [layer.name for layer in layout.layers if layer.kind != "other"]
         self.modules = {name: modules["" if name == ROOT else name] for name in with_rule}
         self.copy_inputs = False
+        self._frozen: dict[str, Tensor] | None = None
+        self._caller = Caller(model)
+
+    def freeze(self) -> None:
+        """Keep copies of parameters and buffers: later passes must not see what training does to the model meanwhile."""
+        if self._frozen is None:
+            state = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+            self._frozen = {name: tensor.detach().clone() for name, tensor in state.items()}
+
+    def leaves(self) -> dict[str, Tensor]:
+        """The selected parameters as leaves of a new graph; the user's own tensors are not part of it."""
+        values = self._frozen if self._frozen is not None else dict(self.model.named_parameters())
+        return {name: values[name].detach().requires_grad_() for name in self.layout}
+
+    def outputs(self, batch: Batch, values: Mapping[str, Tensor]) -> Tensor:
+        """Outputs with some parameters replaced, and the rest as they were frozen."""
+        replaced = {**(self._frozen or {}), **values}
+        return functional_call(self._caller, {f"model.{name}": v for name, v in replaced.items()}, (batch.inputs,))
 
     def release(self, names: Iterable[str]) -> None:
         """Stop recording these layers: their inputs and outputs do not explain their parameters."""
@@ -72,8 +89,7 @@ class Recorder:
     def _forward(self, batch: Batch) -> tuple[Tensor, dict[str, list[Use]], dict[str, Tensor]]:
         uses: dict[str, list[Use]] = {name: [] for name in self.modules}
         handles: list[RemovableHandle] = []
-        parameters = dict(self.model.named_parameters())
-        leaves = {name: parameters[name].detach().requires_grad_() for name in self.layout}
+        leaves = self.leaves()
 
         def hook_for(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
@@ -90,13 +106,23 @@ class Recorder:
             for name, module in self.modules.items():
                 handles.append(module.register_forward_hook(hook_for(name), with_kwargs=True))
             with torch.inference_mode(False), torch.enable_grad():
-                outputs = functional_call(
-                    Caller(self.model), {f"model.{k}": v for k, v in leaves.items()}, (batch.inputs,)
-                )
+                outputs = self.outputs(batch, leaves)
         finally:
             for handle in handles:
                 handle.remove()
         return outputs, uses, leaves
+
+
+class Caller(nn.Module):
+    """Lets ``functional_call`` pass tuples and dicts of inputs the way :func:`call` does."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.training = model.training
+
+    def forward(self, inputs: Any) -> Tensor:
+        return call(self.model, inputs)
 
 
 def backward(

@@ -68,6 +68,7 @@ class Source:
         self.device = device
         self._whole = _as_pair(data)
         self._data = data
+        self._checksums: list[tuple[float, ...]] | None = None
         if self._whole is None:
             _require_reiterable(data)
         self.sizes = [batch.size for batch in self._read()]
@@ -77,6 +78,10 @@ class Source:
                 "The data set is empty: no example was found, so there is no Fisher. If the data come from a generator, "
                 "it may be exhausted; give a list of batches or a DataLoader."
             )
+
+    def remember(self) -> None:
+        """Note what each batch holds, so that a later pass that differs is an error instead of a wrong product."""
+        self._checksums = [_checksum(batch) for batch in self._read() if batch.size]
 
     def _read(self) -> Iterator[Batch]:
         if self._whole is not None:
@@ -89,10 +94,18 @@ class Source:
 
     def batches(self) -> Iterator[Batch]:
         """All batches, on the device, checked for finiteness."""
-        seen = 0
+        seen, k = 0, 0
         for batch in self._read():
             seen += batch.size
             if batch.size:
+                if self._checksums is not None and (
+                    k >= len(self._checksums) or self._checksums[k] != _checksum(batch)
+                ):
+                    raise InputError(
+                        f"{batch.where} differs from what it was in an earlier pass over the data, so F is not one fixed matrix. Turn off shuffling, random "
+                        "sampling and augmentation in the loader, give the tensors themselves, or raise memory= so that one pass is enough."
+                    )
+                k += 1
                 moved = batch.to(self.device)
                 _require_finite_inputs(moved)
                 yield moved
@@ -180,6 +193,16 @@ def _batch(inputs: Any, targets: Any, where: str) -> Batch:
                 f"Inputs and targets of {where} differ in length: {size} inputs, targets of {length}. The first axis of both counts examples."
             )
     return Batch(inputs, targets, size, where)
+
+
+def _checksum(batch: Batch) -> tuple[float, ...]:
+    """Sums that change with any entry or its place, in float64."""
+    sums: list[float] = [batch.size]
+    for x in [*_leaves(batch.inputs), *([] if batch.targets is None else [batch.targets])]:
+        flat = x.detach().reshape(-1).double()
+        weight = torch.linspace(0.5, 1.5, len(flat), dtype=torch.float64, device=flat.device)
+        sums += [flat.sum().item(), (flat @ weight).item()]
+    return tuple(sums)
 
 
 def _require_finite_inputs(batch: Batch) -> None:

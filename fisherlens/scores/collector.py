@@ -1,0 +1,181 @@
+"""Turn batches of data into score columns and hand them to each layer's writer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fisherlens.errors import InputError
+from fisherlens.likelihoods import BoundLikelihood, Likelihood
+from fisherlens.linalg.memory import Workspace
+from fisherlens.scores.matrix import ScoreMatrix
+from fisherlens.scores.per_example import PerExample
+from fisherlens.scores.plan import Plan
+from fisherlens.scores.recorder import Recorder, Use, backward, flattened_map, probe, unexplained
+from fisherlens.scores.source import Batch, Source
+from fisherlens.scores.writers import Writer
+
+# Larger passes gain nothing on a CPU and lose the caches; on a GPU this still fills the device (our choice).
+_TRANSIENT = 192 * 2**20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of the data of bounded size: its rows in the whole, its batch, and the uniform numbers of its labels."""
+
+    at: slice
+    batch: Batch
+    uniforms: Tensor
+
+
+class Collector:
+    """One forward pass per piece, one backward pass per score column, and a writer for each layer.
+
+    Parameters
+    ----------
+    recorder
+        Runs the model.
+    likelihood, kind, mc_samples
+        Which score columns to take.
+    sample
+        A few examples, from which shapes are read; the model is checked on them.
+    like
+        A tensor with the dtype and device of the scores.
+    """
+
+    def __init__(
+        self, recorder: Recorder, likelihood: Likelihood, kind: str, mc_samples: int, sample: Batch, like: Tensor
+    ):
+        self.recorder, self.likelihood, self.kind, self.mc_samples, self.like = (
+            recorder,
+            likelihood,
+            kind,
+            mc_samples,
+            like,
+        )
+        outputs = probe(recorder, sample)
+        bound = self.bind(outputs, sample)
+        recorder.release(unexplained(recorder, sample))
+        self.uses = recorder.forward(sample)[1]
+        self.r = {"exact": bound.num_columns, "mc": mc_samples, "empirical": bound.num_terms}[kind]
+        self.rank_per_term, self.output_shape = likelihood.rank_per_term(outputs.shape), outputs.shape[1:]
+        self._num_uniforms, self._sample_size = bound.num_uniforms, sample.size
+        layout = recorder.layout
+        maps = {name: flattened_map(u[0]) for name, u in self.uses.items() if u and layout.layer(name).kind == "dense"}
+        recorder.layout = self.layout = layout.with_input_maps({name: found for name, found in maps.items() if found})
+
+    def bind(self, outputs: Tensor, batch: Batch) -> BoundLikelihood:
+        """The likelihood at the outputs of a batch."""
+        if batch.targets is None and (self.kind == "empirical" or self.likelihood.needs_targets):
+            reasons = {"empirical": "the empirical kind takes scores at observed labels"}
+            why = reasons.get(self.kind, "class weights follow the observed label")
+            raise InputError(f"targets are None, but {why}. Give data as (inputs, targets), or use kind='exact'.")
+        return self.likelihood.bind(outputs, batch.targets, batch.where)
+
+    def prepare(self, plan: Plan, budget: int) -> None:
+        """Take the plan; from now on pieces can be collected."""
+        self.plan = plan
+        ruleless = [layer for layer in self.layout.layers if plan[layer.name].storage == "per example"]
+        self._per_example = PerExample(self.recorder, ruleless) if ruleless else None
+        self._workspace = Workspace(limit=budget // 4)
+        self.step = self._piece_size(budget)
+
+    def _piece_size(self, budget: int) -> int:
+        """Examples per piece such that the graph and the score buffers stay under 192 MiB and an eighth of the budget."""
+        per_example = 0
+        for layer_uses in self.uses.values():
+            for use in layer_uses:
+                kernel = math.prod(getattr(use.module, "kernel_size", (1,)))
+                outputs = use.output_shape.numel() // self._sample_size
+                per_example += use.inputs.numel() // self._sample_size * kernel + (self.r + 4) * outputs
+        limit = min(budget // 8, _TRANSIENT) // max(1, per_example * self.like.dtype.itemsize)
+        return max(1, min(4096, limit))
+
+    def pieces(self, source: Source, seed: int) -> Iterator[Piece]:
+        """The data in pieces; the labels' uniform numbers are the same in every pass and for every split into batches."""
+        generator = torch.Generator().manual_seed(seed)
+        done = 0
+        for whole in source.batches():
+            for begin in range(0, whole.size, self.step):
+                batch = whole.part(begin, begin + self.step)
+                shape = (batch.size, self._num_uniforms, self.mc_samples)
+                uniforms = torch.rand(*shape, generator=generator, dtype=torch.float64)
+                yield Piece(slice(done, done + batch.size), batch, uniforms)
+                done += batch.size
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, list[Use]], dict[str, Tensor]]:
+        """Outputs, uses and leaves of a batch, the shape of the outputs checked."""
+        outputs, uses, leaves = self.recorder.forward(batch)
+        if outputs.shape[1:] != self.output_shape or outputs.shape[0] != batch.size:
+            raise InputError(
+                f"The outputs of {batch.where} have shape {tuple(outputs.shape)}; expected ({batch.size}, …) with {tuple(self.output_shape)} per "
+                "example as in the first batch. Pad examples to one size, and keep the batch on the first axis."
+            )
+        return outputs, uses, leaves
+
+    def writers(self, n: int) -> dict[str, Writer]:
+        """Room for the scores of n examples."""
+        return {
+            layer.name: Writer(layer, entry, self.uses.get(layer.name, []), n, self.r, self.like, self._workspace)
+            for layer, entry in zip(self.layout.layers, self.plan, strict=True)
+        }
+
+    def collect(
+        self,
+        piece: Piece,
+        bound: BoundLikelihood,
+        outputs: Tensor,
+        uses: dict[str, list[Use]],
+        writers: dict[str, Writer],
+        at: slice,
+    ) -> None:
+        """Write the scores of a piece, whose forward pass is given, into rows ``at`` of the writers."""
+        for name, writer in writers.items():
+            writer.start(uses.get(name, []), at)
+        for column, signal in enumerate(self.signals(bound, piece.uniforms)):
+            for name, scores in backward(outputs, uses, signal).items():
+                writers[name].take(column, scores)
+            if self._per_example is not None:
+                for name, rows in self._per_example.rows(piece.batch, signal).items():
+                    writers[name].take_rows(column, rows)
+        for writer in writers.values():
+            writer.finish_batch()
+
+    def matrix(self, piece: Piece) -> ScoreMatrix:
+        """The score matrix of one piece alone."""
+        outputs, uses, _ = self.forward(piece.batch)
+        writers = self.writers(piece.batch.size)
+        self.collect(piece, self.bind(outputs, piece.batch), outputs, uses, writers, slice(0, piece.batch.size))
+        return ScoreMatrix([writer.scores() for writer in writers.values()])
+
+    def signals(self, bound: BoundLikelihood, uniforms: Tensor) -> Iterator[Tensor]:
+        """The score columns at the network's outputs, one after another."""
+        if self.kind == "exact":
+            for r in range(bound.num_columns):
+                yield bound.column(r)
+        elif self.kind == "mc":
+            for s in range(self.mc_samples):
+                yield bound.sampled_score(uniforms[..., s]) / math.sqrt(self.mc_samples)
+        elif bound.num_terms == 1:
+            yield bound.observed_score()
+        else:
+            for t in range(bound.num_terms):
+                yield bound.observed_score(t)
+
+    def kept_rows(self, bound: BoundLikelihood) -> Tensor:
+        """Which rows carry weight, ``(n, r)``."""
+        if self.kind == "exact":
+            return bound.kept_rows()
+        if self.kind == "mc":
+            return (bound.weight > 0).any(1, keepdim=True).expand(-1, self.mc_samples)
+        return bound.weight > 0
+
+    def gradient_coefficients(self, bound: BoundLikelihood) -> Tensor:
+        """Coefficients d, ``(n, r)``, with Uᵀd the gradient of the summed loss; exact and empirical kinds."""
+        if self.kind == "exact":
+            return bound.gradient_coefficients()
+        return bound.weight.sqrt().to(bound.outputs.dtype)
