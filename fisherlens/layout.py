@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ class LayerInfo:
     """
 
     name: str
-    kind: str  # "dense" | "conv" | "norm" | "other"
+    kind: str  # "dense" | "conv" | "norm" | "embedding" | "other"
     type_name: str
     parameters: tuple[ParameterInfo, ...]
     weight: ParameterInfo | None
@@ -86,7 +87,35 @@ def module_kind(module: nn.Module) -> str:
         return "conv"
     if type(module) in _NORM:
         return "norm"
+    if type(module) is nn.Embedding:
+        return "embedding"
     return "other"
+
+
+class FunctionModel(nn.Module):
+    """A plain function ``f(params, inputs)`` and its dict of tensors, where a module is expected.
+
+    All tensors count as parameters, whether they require grad or not; a dot in a name separates layer and parameter.
+    """
+
+    def __init__(self, function: Callable[[dict[str, Tensor], Any], Tensor], values: Mapping[str, Tensor]):
+        super().__init__()
+        wrong = [
+            name for name, value in values.items() if not isinstance(value, Tensor) or not value.is_floating_point()
+        ]
+        if not values or wrong:
+            raise InputError(
+                f"A function as model needs params as a dict name → floating-point tensor; got {wrong or 'an empty dict'}. "
+                "Pass fl.Fisher(f, data, params={'w': ...}) with f(params, inputs)."
+            )
+        self.function, self.values = function, dict(values)
+        self.training = False
+
+    def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, Tensor]]:  # type: ignore[override]
+        yield from self.values.items()
+
+    def forward(self, inputs: Any) -> Tensor:
+        return self.function(self.values, inputs)
 
 
 class Layout:
@@ -124,7 +153,7 @@ class Layout:
             grouped.setdefault(owner, []).append(info)
             start = info.stop
         for owner, infos in grouped.items():
-            module = modules["" if owner == ROOT else owner]
+            module = modules.get("" if owner == ROOT else owner, model)
             kind = module_kind(module)
             own = {info.leaf: info for info in infos}
             layers.append(
@@ -133,8 +162,8 @@ class Layout:
                     kind=kind,
                     type_name=type(module).__name__,
                     parameters=tuple(infos),
-                    weight=own.get("weight") if kind != "other" else None,
-                    bias=own.get("bias") if kind != "other" else None,
+                    weight=own.get("weight") if kind in ("dense", "conv", "norm") else None,
+                    bias=own.get("bias") if kind in ("dense", "conv", "norm") else None,
                     groups=getattr(module, "groups", 1) if kind == "conv" else 1,
                 )
             )
@@ -261,6 +290,8 @@ class Layout:
 
 def _select(model: nn.Module, params: Sequence[str] | str | None) -> dict[str, nn.Parameter]:
     every = dict(model.named_parameters())
+    if params is None and isinstance(model, FunctionModel):
+        return every
     if params is None:
         chosen = {name: p for name, p in every.items() if p.requires_grad}
         if not chosen:

@@ -45,7 +45,8 @@ class Fisher:
         ``"exact"``: expectation over labels in closed form. ``"mc"``: labels sampled from the model, drawn once and kept.
         ``"empirical"``: observed labels; not the Fisher, but common in optimizers.
     params
-        None for all that require grad, or a list of names, layers or glob patterns.
+        None for all that require grad, or a list of names, layers or glob patterns. Where ``model`` is a function ``f(params, inputs)``,
+        its dict name → tensor.
     mc_samples
         Label draws per example of the mc kind. Default 1, as KFAC's authors use (Martens and Grosse 2015).
     seed
@@ -88,12 +89,12 @@ class Fisher:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Callable[[dict[str, Tensor], Any], Tensor],
         data: Any,
         *,
         likelihood: str | Likelihood,
         kind: str = "exact",
-        params: Sequence[str] | str | None = None,
+        params: Sequence[str] | str | Mapping[str, Tensor] | None = None,
         mc_samples: int = 1,
         seed: int = 0,
         memory: str | float = "2GiB",
@@ -128,8 +129,7 @@ class Fisher:
         self._bound = found.bound
         self.origins: tuple[int, ...] = tuple(layer.start for layer in self.layout.layers)
         self.solver = Solver(self.scores, self.total_weight)
-        parameters = dict(model.named_parameters())
-        self.parameters = torch.cat([parameters[name].detach().reshape(-1) for name in self.layout]).clone()
+        self.parameters = found.parameters
 
     # --- facts -------------------------------------------------------------------------------------------------------
 

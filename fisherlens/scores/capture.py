@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +11,17 @@ from torch import Tensor, nn
 
 from fisherlens._progress import progress as progress_bar
 from fisherlens.errors import InputError, NonFiniteError
-from fisherlens.layout import Layout
+from fisherlens.layout import FunctionModel, Layout
 from fisherlens.likelihoods import BoundLikelihood, Likelihood
 from fisherlens.scores.collector import Collector
 from fisherlens.scores.matrix import ScoreMatrix
 from fisherlens.scores.plan import Plan, make_plan
-from fisherlens.scores.recorder import Recorder, check_model, preserved_randomness
-from fisherlens.scores.source import Source
+from fisherlens.scores.recorder import Recorder, Unexplained, check_model, preserved_randomness
+from fisherlens.scores.source import Batch, Source
 from fisherlens.scores.streamed import StreamedMatrix
 
+# Examples on which a model is checked: enough that a wrong order of them shows (our choice).
+_SAMPLE = 8
 KINDS = ("exact", "mc", "empirical")
 
 
@@ -40,10 +43,11 @@ class Capture:
     gradient: Tensor | None
     gradient_coefficients: Tensor | None
     bound: list[BoundLikelihood]
+    parameters: Tensor
 
 
 def capture(
-    model: nn.Module,
+    model: nn.Module | Callable[[dict[str, Tensor], Any], Tensor],
     data: Any,
     likelihood: Likelihood,
     kind: str,
@@ -55,16 +59,43 @@ def capture(
     progress: bool | None = None,
 ) -> Capture:
     """Pass over the data once and keep every layer's scores; see :class:`fisherlens.Fisher` for the arguments."""
+    if isinstance(params, Mapping):
+        if isinstance(model, nn.Module):
+            raise InputError(
+                "params is a dict of tensors, which goes with a function f(params, inputs); for a module give names or patterns."
+            )
+        model, params = FunctionModel(model, params), None
+    elif not isinstance(model, nn.Module) and callable(model) and not isinstance(model, type):
+        raise InputError(
+            f"model is a plain function ({getattr(model, '__name__', type(model).__name__)}); pass its parameters too: fl.Fisher(f, data, params={{'w': ...}}, …) "
+            "with f(params, inputs)."
+        )
     layout = Layout.from_model(model, params)
     check_model(model, layout)
     like = dict(model.named_parameters())[layout.names[0]].detach()
     with preserved_randomness(like.device):
         source = Source(data, like.device)
-        sample = next(source.batches()).part(0, 3)
-        collector = Collector(Recorder(model, layout), likelihood, kind, mc_samples, sample, like)
-        plan = make_plan(collector.layout.layers, collector.uses, source.n_data, collector.r, budget, like.dtype)
-        collector.prepare(plan, budget)
-        return _first_pass(collector, source, seed, budget, progress)
+        sample = _sample(source)
+        without_rule: set[str] = set()
+        while True:
+            recorder = Recorder(model, layout)
+            recorder.release(without_rule)
+            collector = Collector(recorder, likelihood, kind, mc_samples, sample, like)
+            plan = make_plan(collector.layout.layers, collector.uses, source.n_data, collector.r, budget, like.dtype)
+            collector.prepare(plan, budget)
+            try:
+                return _first_pass(collector, source, seed, budget, progress)
+            except (
+                Unexplained
+            ) as found:  # a layer was not used as on the sample: once more, with one gradient per example
+                without_rule.update(found.layers)
+
+
+def _sample(source: Source) -> Batch:
+    """The first few examples of the first batch that has more than one: with one alone, no mix-up of examples shows."""
+    several = [size > 1 for size in source.sizes if size]
+    skip = several.index(True) if any(several) else 0
+    return next(batch for k, batch in enumerate(source.batches()) if k == skip).part(0, _SAMPLE)
 
 
 def _first_pass(collector: Collector, source: Source, seed: int, budget: int, progress: bool | None) -> Capture:
@@ -117,6 +148,7 @@ def _first_pass(collector: Collector, source: Source, seed: int, budget: int, pr
         None if gradient is None else (gradient / total).to(like.dtype),
         torch.cat(coefficients).reshape(-1) if gradient is not None and coefficients else None,
         bounds,
+        torch.cat([leaf.detach().reshape(-1) for leaf in collector.recorder.leaves().values()]),
     )
 
 

@@ -15,7 +15,7 @@ from fisherlens.linalg.memory import Workspace
 from fisherlens.scores.matrix import ScoreMatrix
 from fisherlens.scores.per_example import PerExample
 from fisherlens.scores.plan import Plan
-from fisherlens.scores.recorder import Recorder, Use, backward, flattened_map, probe, unexplained
+from fisherlens.scores.recorder import Recorder, Unexplained, Use, backward, flattened_map, probe, unexplained
 from fisherlens.scores.source import Batch, Source
 from fisherlens.scores.writers import Writer
 
@@ -115,7 +115,20 @@ class Collector:
                 f"The outputs of {batch.where} have shape {tuple(outputs.shape)}; expected ({batch.size}, …) with {tuple(self.output_shape)} per "
                 "example as in the first batch. Pad examples to one size, and keep the batch on the first axis."
             )
+        changed = [name for name, found in uses.items() if not self._used_as_planned(name, found, batch.size)]
+        if changed:
+            raise Unexplained(changed)
         return outputs, uses, leaves
+
+    def _used_as_planned(self, name: str, uses: list[Use], size: int) -> bool:
+        """Whether a layer is called as it was on the sample: a routed or conditional layer, or a longer sequence, may not be."""
+        planned = self.uses[name]
+        if len(uses) != len(planned) or not all(use.of_examples(size) for use in uses):
+            return False
+        shapes = [(use.inputs.shape[1:], use.output_shape[1:]) for use in uses]
+        return self.plan[name].storage == "rows" or shapes == [
+            (u.inputs.shape[1:], u.output_shape[1:]) for u in planned
+        ]
 
     def writers(self, n: int) -> dict[str, Writer]:
         """Room for the scores of n examples."""

@@ -40,7 +40,7 @@ class LayerPlan:
     layer: str
     type_name: str
     path: str
-    storage: str  # "factors" | "patches" | "convolution" | "rows" | "per example" | "none"
+    storage: str  # "factors" | "patches" | "convolution" | "look-ups" | "rows" | "per example" | "none"
     reason: str
     positions: int
     nbytes: int
@@ -226,6 +226,11 @@ def _facts(
     if layer.kind == "norm":
         per_example = uses[0].inputs[0].numel() * len(uses)
         return {"rows": rows}, max(1, per_example // layer.size), 8.0 * n * per_example
+    if layer.kind == "embedding":
+        d = uses[0].output_shape[-1]
+        t = sum(math.prod(use.output_shape[1:-1]) for use in uses)
+        kept = _Candidate("look-ups", n * t * (8 + r * d * size), 4.0 * n * r * t * d)
+        return {"factors": kept, "rows": rows}, t, 4.0 * n * t * d
     if layer.kind == "dense":
         d_o = uses[0].output_shape[-1]
         d_i = uses[0].inputs.shape[-1]

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,10 @@ from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
 from fisherlens.errors import FisherLensError, InputError, NonFiniteError
-from fisherlens.layout import ROOT, LayerInfo, Layout
+from fisherlens.layout import ROOT, FunctionModel, LayerInfo, Layout
 from fisherlens.linalg.memory import Workspace
 from fisherlens.scores.conv import ConvGeometry, conv_rows
+from fisherlens.scores.embedding import embedding_rows
 from fisherlens.scores.norm import norm_rows
 from fisherlens.scores.source import Batch, call, describe
 
@@ -36,10 +37,27 @@ class Use:
     edge: GradientEdge | None
     output_shape: torch.Size
 
+    def of_examples(self, size: int) -> bool:
+        """Whether the first axis of input and output counts the examples of a batch of this size."""
+        return bool(self.inputs.ndim and self.output_shape) and self.inputs.shape[0] == self.output_shape[0] == size
+
     @property
     def modified(self) -> bool:
         """Whether the input was changed in place after the module had read it."""
         return self.inputs._version != self.version
+
+
+class Unexplained(Exception):
+    """Layers that later data use in another way than the sample did, so that their rule does not hold."""
+
+    def __init__(self, layers: Sequence[str]):
+        super().__init__(f"no rule explains {layers}")
+        self.layers = tuple(layers)
+
+
+def _has_rule(layer: LayerInfo) -> bool:
+    """Whether a rule covers all parameters of a layer: its kind's weight and bias, and nothing the user added."""
+    return layer.kind != "other" and all(p in (layer.weight, layer.bias) for p in layer.parameters)
 
 
 class Recorder:
@@ -51,7 +69,7 @@ class Recorder:
     def __init__(self, model: nn.Module, layout: Layout):
         self.model, self.layout = model, layout
         modules = dict(model.named_modules())
-        with_rule = [layer.name for layer in layout.layers if layer.kind != "other"]
+        with_rule = [layer.name for layer in layout.layers if _has_rule(layer)]
         self.modules = {name: modules["" if name == ROOT else name] for name in with_rule}
         self.copy_inputs = False
         self._frozen: dict[str, Tensor] | None = None
@@ -71,6 +89,8 @@ class Recorder:
     def outputs(self, batch: Batch, values: Mapping[str, Tensor]) -> Tensor:
         """Outputs with some parameters replaced, and the rest as they were frozen."""
         replaced = {**(self._frozen or {}), **values}
+        if isinstance(self.model, FunctionModel):
+            return self.model.function({**self.model.values, **replaced}, batch.inputs)
         return functional_call(self._caller, {f"model.{name}": v for name, v in replaced.items()}, (batch.inputs,))
 
     def release(self, names: Iterable[str]) -> None:
@@ -149,7 +169,9 @@ def parameter_rows(
     x = use.inputs.detach()
     if layer.kind == "conv":
         return conv_rows(ConvGeometry.of(use.module), layer, x, g, out, workspace)
-    if layer.kind == "norm":
+    if layer.kind == "embedding":
+        pieces = embedding_rows(use.module, x, g)
+    elif layer.kind == "norm":
         pieces = norm_rows(use.module, layer, x, g)
     else:
         g = g.reshape(g.shape[0], g.shape[1], -1, g.shape[-1])
@@ -248,18 +270,22 @@ def probe(recorder: Recorder, batch: Batch) -> Tensor:
 
 
 def unexplained(recorder: Recorder, batch: Batch) -> list[str]:
-    """Layers whose recorded inputs and outputs do not give their parameters' gradient.
+    """Layers whose recorded inputs and outputs do not give their parameters' gradient, example by example.
 
-    Such a parameter is tied to another module, or used in a functional call. The test is one random signal at the outputs
-    of a few examples: the sum of the layer's score rows must equal the gradient from automatic differentiation.
+    Such a parameter is tied to another module or used in a functional call, or its module reads something else than one example
+    per entry of the first axis (sequence first, a shared table, a subset, another order). The test is a random signal at the
+    outputs of a few examples: the rows of the examples, summed with random weights, must be the gradient from automatic
+    differentiation of the outputs with these weights.
     """
     outputs, uses, leaves = recorder.forward(batch)
     if not outputs.requires_grad or not torch.isfinite(outputs).all():
         return []
     generator = torch.Generator().manual_seed(0)
     signal = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs.device, outputs.dtype)
+    weight = 0.5 + torch.rand(len(outputs), generator=generator, dtype=torch.float64).to(outputs.device, outputs.dtype)
     scores = backward(outputs, uses, signal)
-    grads = torch.autograd.grad(outputs, list(leaves.values()), signal, allow_unused=True)
+    weighted = signal * weight.view(-1, *[1] * (signal.ndim - 1))
+    grads = torch.autograd.grad(outputs, list(leaves.values()), weighted, allow_unused=True)
     truth = {
         name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in zip(leaves.items(), grads, strict=True)
     }
@@ -268,11 +294,16 @@ def unexplained(recorder: Recorder, batch: Batch) -> list[str]:
     for layer in recorder.layout.layers:
         if layer.name not in recorder.modules:
             continue
+        if not all(use.of_examples(batch.size) for use in uses[layer.name]):
+            found.append(layer.name)
+            continue
         expected = torch.cat([truth[p.name].reshape(-1) for p in layer.parameters])
         rebuilt = torch.zeros_like(expected)
         for use, g in zip(uses[layer.name], scores[layer.name], strict=True):
             if g is not None:
-                rebuilt += use_rows(layer, use, g[:, None]).sum((0, 1))
+                for i in range(batch.size):  # one at a time: rows of a wide layer are large
+                    one = replace(use, inputs=use.inputs.detach()[i : i + 1])
+                    rebuilt += weight[i] * use_rows(layer, one, g[i : i + 1, None])[0, 0]
         if (rebuilt - expected).abs().max() > tolerance * expected.abs().max().clamp(
             min=torch.finfo(expected.dtype).tiny
         ):

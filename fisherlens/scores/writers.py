@@ -12,6 +12,7 @@ from fisherlens.linalg.memory import Workspace, zeros
 from fisherlens.scores.base import LayerScores
 from fisherlens.scores.conv import ConvGeometry, ConvScores
 from fisherlens.scores.dense import DenseScores
+from fisherlens.scores.embedding import EmbeddingScores, mask_padding
 from fisherlens.scores.explicit import ExplicitScores, ZeroScores
 from fisherlens.scores.plan import LayerPlan
 from fisherlens.scores.recorder import Use, parameter_rows
@@ -33,6 +34,9 @@ class Writer:
             d_i = uses[0].inputs.shape[-1] if layer.kind == "dense" else self._patches(uses[0]).shape[2]
             self.a = zeros((n, plan.positions, d_i), like.dtype, like.device)
             self.g = zeros((n, r, plan.positions, d_o), like.dtype, like.device)
+        elif plan.storage == "look-ups":
+            self.a = torch.zeros(n, plan.positions, dtype=torch.long, device=like.device)
+            self.g = zeros((n, r, plan.positions, uses[0].output_shape[-1]), like.dtype, like.device)
         elif plan.storage == "convolution":
             self.a = zeros((n, *self.geometry.padded(uses[0].inputs[:1]).shape[1:]), like.dtype, like.device)
             self.g = zeros((n, r, *uses[0].output_shape[1:]), like.dtype, like.device)
@@ -49,6 +53,8 @@ class Writer:
             self.buffers = [self.workspace.empty(shape, self.dtype, self.device) for shape in shapes]
         elif self.plan.storage == "factors":
             self.a[at] = torch.cat([use.inputs.detach().reshape(size, -1, use.inputs.shape[-1]) for use in uses], dim=1)
+        elif self.plan.storage == "look-ups":
+            self.a[at] = torch.cat([use.inputs.reshape(size, -1) for use in uses], dim=1)
         elif self.plan.storage == "patches":
             self.a[at] = self._patches(uses[0])
         elif self.plan.storage == "convolution":
@@ -60,11 +66,16 @@ class Writer:
         if storage == "rows":
             for buffer, g in zip(self.buffers, scores, strict=True):
                 buffer[:, r] = 0 if g is None else g
-        elif storage == "factors":
+        elif storage in ("factors", "look-ups"):
             flat = [
                 self.g.new_zeros(len(use.inputs), *use.output_shape[1:]) if g is None else g
                 for use, g in zip(self.uses, scores, strict=True)
             ]
+            if storage == "look-ups":
+                flat = [
+                    mask_padding(use.module, use.inputs, g[:, None])[:, 0]
+                    for use, g in zip(self.uses, flat, strict=True)
+                ]
             self.g[self.at, r] = torch.cat([g.reshape(g.shape[0], -1, g.shape[-1]) for g in flat], dim=1)
         elif storage != "none" and scores[0] is not None:
             self.g[self.at, r] = scores[0].flatten(2).mT if storage == "patches" else scores[0]
@@ -92,6 +103,8 @@ class Writer:
             return ZeroScores(self.layer, self.n, self.r, self.dtype, self.device)
         if storage in ("rows", "per example"):
             return ExplicitScores(self.layer, [piece.view(self.n * self.r, -1) for piece in self.pieces], self.r)
+        if storage == "look-ups":
+            return EmbeddingScores(self.layer, self.a, self.g)
         if storage == "convolution":
             return ConvScores(self.layer, self.geometry, self.a, self.g)
         return DenseScores(self.layer, self.a, self.g)
