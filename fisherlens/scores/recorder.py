@@ -57,6 +57,8 @@ class Unexplained(Exception):
 
 def _has_rule(layer: LayerInfo) -> bool:
     """Whether a rule covers all parameters of a layer: its kind's weight and bias, and nothing the user added."""
+    if layer.kind == "embedding":
+        return len(layer.parameters) == 1
     return layer.kind != "other" and all(p in (layer.weight, layer.bias) for p in layer.parameters)
 
 
