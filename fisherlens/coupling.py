@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fisherlens._progress import progress
 from fisherlens.errors import InputError, MemoryBudgetError, readable_bytes
-from fisherlens.fisher import Fisher
+from fisherlens.fisher import Fisher, require_fisher
 from fisherlens.partitions import Partition
 from fisherlens.partitions import partition as make_partition
 from fisherlens.results import make_dataset
@@ -73,9 +73,12 @@ def coupling(
     >>> fl.coupling(F, "parameter", num_null=0)["coupling"].shape
     (2, 2)
     """
+    require_fisher(F)
     parts = make_partition(F, partition)
     if not isinstance(num_null, int) or isinstance(num_null, bool) or num_null < 0:
         raise InputError(f"num_null must be an integer >= 0, the number of permutations; got {num_null!r}.")
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise InputError(f"seed must be an integer >= 0; got {seed!r}.")
     if parts.num_blocks > max_blocks:
         raise InputError(
             f"Partition {parts.scheme!r} has {parts.num_blocks} blocks, so {parts.num_blocks**2} pairs; the limit is {max_blocks} blocks. Look at one layer with "
@@ -189,6 +192,8 @@ def _permutation_test(
     sample: ScoreMatrix, parts: Partition, num_null: int, seed: int, bar: bool | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Raw and maxT-adjusted p-values of every pair from shared permutations of the examples."""
+    if parts.num_blocks == 1:
+        return np.full((1, 1), np.nan), np.full((1, 1), np.nan)
     needed = 2 * parts.num_blocks * sample.n**2 * sample.dtype.itemsize
     if needed > 2**32:
         raise MemoryBudgetError(

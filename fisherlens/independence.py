@@ -12,7 +12,7 @@ import torch
 from fisherlens._progress import progress
 from fisherlens.approximations import BlockDiagonal
 from fisherlens.errors import ConvergenceWarning, InputError, MemoryBudgetError, NumericalWarning
-from fisherlens.fisher import Fisher, check_damping
+from fisherlens.fisher import Fisher, check_damping, require_fisher
 from fisherlens.linalg.pencil import DENSE_ORDER, dense_extremes, largest_ratio
 from fisherlens.partitions import Partition
 from fisherlens.partitions import partition as make_partition
@@ -84,6 +84,7 @@ def independence(
     >>> fl.independence(F, ["layer", "diagonal"])["energy_captured"].sel(partition="layer", layer="all").item()
     1.0
     """
+    require_fisher(F)
     single = np.ndim(damping) == 0
     dampings = [check_damping(damping)] if single else [check_damping(lam) for lam in damping]
     if not dampings:

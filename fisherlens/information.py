@@ -11,7 +11,7 @@ from torch import Tensor
 from fisherlens import errors
 from fisherlens.approximations import BlockDiagonal
 from fisherlens.errors import InputError, MemoryBudgetError
-from fisherlens.fisher import DIRECT_LIMIT, Fisher, check_damping
+from fisherlens.fisher import DIRECT_LIMIT, Fisher, check_damping, require_fisher
 from fisherlens.partitions import partition as make_partition
 from fisherlens.results import make_dataset
 
@@ -56,6 +56,7 @@ def information(F: Fisher, by: str = "layer", *, damping: float = 1e-3) -> xr.Da
     >>> float(fl.information(F, "unit")["share"].sum().round(6))
     1.0
     """
+    require_fisher(F)
     if by not in _DIM:
         raise InputError(errors.UNKNOWN_NAME.format(what="option by=", name=by, hint=errors.nearest(by, _DIM)))
     damping = check_damping(damping)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisherlens import errors
 from fisherlens.errors import InputError, MemoryBudgetError, readable_bytes
-from fisherlens.fisher import Fisher, check_damping
+from fisherlens.fisher import Fisher, check_damping, require_fisher
 from fisherlens.linalg.dense import eigenpairs, eigenvalues, noise_floor
 from fisherlens.results import make_dataset
 
@@ -62,17 +62,20 @@ def spectrum(F: Fisher, *, by: str | None = None, vectors: bool = False) -> xr.D
     >>> fl.spectrum(F)["eigenvalue"].sizes
     Frozen({'rank': 3})
     """
+    require_fisher(F)
     if by not in (None, "layer"):
         raise InputError(
             errors.UNKNOWN_NAME.format(
                 what="option by=", name=by, hint=errors.nearest(str(by), ["layer"]) + " None is the whole."
             )
         )
+    whole = slice(0, F.n_params)
     if by is None:
-        parts, names = [_decompose(F, vectors)], None
+        parts, names, places = [_decompose(F, vectors)], None, [whole]
     else:
         names = [*F.layout.layer_names, WHOLE]
         parts = [_decompose(F.restrict(name), vectors) for name in F.layout.layer_names] + [_decompose(F, vectors)]
+        places = [*(slice(layer.start, layer.stop) for layer in F.layout.layers), whole]
     length = max(len(part["eigenvalue"]) for part in parts)
     words = {
         "eigenvalue": {"long_name": "eigenvalue of F", "units": "nat"},
@@ -101,8 +104,8 @@ def spectrum(F: Fisher, *, by: str | None = None, vectors: bool = False) -> xr.D
         coords["layer"] = names
     if vectors:
         full = np.full((len(parts), length, F.n_params), np.nan)
-        for row, part in zip(full, parts, strict=True):
-            row[: len(part["eigenvalue"]), part["index"]] = part["eigenvector"]
+        for row, part, place in zip(full, parts, places, strict=True):
+            row[: len(part["eigenvalue"]), place] = part["eigenvector"]
         variables["eigenvector"] = (
             (*lead, "rank", "param"),
             full[0] if names is None else full,
@@ -141,7 +144,6 @@ def _decompose(F: Fisher, vectors: bool) -> dict[str, Any]:
         residual[values <= floor] = floor
         v[:, values <= floor] = float("nan")  # the direction of a zero eigenvalue is arbitrary
         found["eigenvector"] = v.T.cpu().numpy()
-        found["index"] = _param_index(F)
     else:
         values = eigenvalues(matrix, what)
         floor = noise_floor(values, order, F.dtype)
@@ -170,13 +172,6 @@ def _right_vectors(F: Fisher, values: Tensor, basis: Tensor, floor: float) -> Te
     v = v.clone()
     v[:, :good] = orthogonal * triangle.diagonal().sign()
     return v
-
-
-def _param_index(F: Fisher) -> np.ndarray:
-    """Flat indices, in the whole layout, of a Fisher that may be restricted to one layer."""
-    return np.concatenate(
-        [np.arange(start, start + layer.size) for start, layer in zip(F.origins, F.layout.layers, strict=True)]
-    )
 
 
 def _require_memory(F: Fisher, order: int) -> None:

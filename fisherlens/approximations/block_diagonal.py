@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisherlens.approximations.blocks import Blocks, MomentBlocks, RowBlocks, ScoreBlock
 from fisherlens.errors import InputError, MemoryBudgetError, readable_bytes
-from fisherlens.fisher import Fisher, check_damping
+from fisherlens.fisher import Fisher, check_damping, require_fisher
 from fisherlens.partitions import BlockGroup, Partition
 from fisherlens.partitions import partition as make_partition
 
@@ -45,6 +45,7 @@ class BlockDiagonal:
     """
 
     def __init__(self, F: Fisher, partition: Any):
+        require_fisher(F)
         self.partition: Partition = make_partition(F, partition)
         if self.partition.layout != F.layout:
             raise InputError(

@@ -77,7 +77,10 @@ def to_scipy(operator: Any, fisher: Fisher) -> scipy.sparse.linalg.LinearOperato
     import scipy.sparse.linalg
 
     def product(v: np.ndarray) -> np.ndarray:
-        tensor = torch.as_tensor(np.ascontiguousarray(v), dtype=fisher.dtype, device=fisher.device)
+        if np.iscomplexobj(v):
+            return product(v.real) + 1j * product(v.imag)
+        # torch refuses to look at read-only memory without a warning
+        tensor = torch.as_tensor(np.require(v, requirements=["C", "W"]), dtype=fisher.dtype, device=fisher.device)
         flat = tensor.reshape(-1) if tensor.ndim == 2 and tensor.shape[1] == 1 else tensor
         return (operator @ flat).cpu().numpy().reshape(v.shape)
 

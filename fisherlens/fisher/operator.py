@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     import scipy.sparse.linalg
 
 
+def require_fisher(F: Any) -> None:
+    """Refuse anything but a Fisher where an analysis takes one: the model or the matrix, say."""
+    if not isinstance(F, Fisher):
+        raise TypeError(
+            f"The analysis takes a fisherlens.Fisher; got {type(F).__name__}. Build the operator first: "
+            "F = fl.Fisher(model, data, likelihood=...)."
+        )
+
+
 class Fisher:
     r"""Fisher information matrix of a network on a data set, matrix-free.
 
