@@ -103,6 +103,17 @@ def require_targets(likelihood: Likelihood, targets: object) -> None:
         )
 
 
+def require_per_output(name: str, values: Tensor, outputs: Tensor) -> None:
+    """Refuse settings that do not broadcast to one example's outputs, or would only do so along the examples."""
+    wanted, got = tuple(outputs.shape[1:]), tuple(values.shape)
+    fits = len(got) <= len(wanted) and all(g in (1, w) for g, w in zip(reversed(got), reversed(wanted), strict=False))
+    if not fits:
+        raise InputError(
+            f"{name} must be a scalar or broadcast against one example's outputs of shape {wanted}; got shape {got}. "
+            "Give one value per output, without an axis for the examples."
+        )
+
+
 def require_same_shape(likelihood: Likelihood, outputs: Tensor, targets: Tensor, where: str) -> None:
     """Refuse targets that would only fit the outputs by broadcasting."""
     if targets.shape != outputs.shape:

@@ -130,7 +130,7 @@ class Categorical(Likelihood):
 
     @property
     def needs_targets(self) -> bool:  # type: ignore[override]
-        return self.weight is not None
+        return self.weight is not None or self.ignore_index != -100
 
     def rank_per_term(self, output_shape: torch.Size) -> int:
         return output_shape[self.class_axis] - 1

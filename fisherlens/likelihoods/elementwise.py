@@ -7,7 +7,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from fisherlens.errors import InputError, NonFiniteError
-from fisherlens.likelihoods.base import BoundLikelihood, Likelihood, require_finite, require_same_shape, require_targets
+from fisherlens.likelihoods.base import (
+    BoundLikelihood,
+    Likelihood,
+    require_finite,
+    require_per_output,
+    require_same_shape,
+    require_targets,
+)
 
 
 class _BoundElementwise(BoundLikelihood):
@@ -107,6 +114,7 @@ class Bernoulli(Likelihood):
             )
         scale = None
         if self.pos_weight is not None:
+            require_per_output("pos_weight", self.pos_weight, outputs)
             extra = self.pos_weight.to(outputs.device) - 1
             scale = (1 + extra * targets.double()).sqrt().to(outputs.dtype).expand_as(outputs)
         return _BoundBernoulli(outputs, targets, scale)
@@ -159,11 +167,7 @@ class Gaussian(Likelihood):
     def bind(self, outputs: Tensor, targets: Tensor | None, where: str = "the data") -> BoundLikelihood:
         """Check predictions and targets of one batch and bind to them."""
         require_finite(outputs, where)
-        if self.variance.ndim >= outputs.ndim and self.variance.ndim > 0:
-            raise InputError(
-                f"variance of shape {tuple(self.variance.shape)} does not broadcast against one example's outputs {tuple(outputs.shape[1:])}: "
-                "give a scalar or one value per output."
-            )
+        require_per_output("variance", self.variance, outputs)
         if targets is not None:
             require_targets(self, targets)
             require_same_shape(self, outputs, targets, where)

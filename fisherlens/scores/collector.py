@@ -72,7 +72,7 @@ class Collector:
         """The likelihood at the outputs of a batch."""
         if batch.targets is None and (self.kind == "empirical" or self.likelihood.needs_targets):
             reasons = {"empirical": "the empirical kind takes scores at observed labels"}
-            why = reasons.get(self.kind, "class weights follow the observed label")
+            why = reasons.get(self.kind, "class weights and ignored labels follow the observed label")
             raise InputError(f"targets are None, but {why}. Give data as (inputs, targets), or use kind='exact'.")
         return self.likelihood.bind(outputs, batch.targets, batch.where)
 
