@@ -16,7 +16,7 @@ from fisherlens.likelihoods import BoundLikelihood, Likelihood
 from fisherlens.scores.collector import Collector
 from fisherlens.scores.matrix import ScoreMatrix
 from fisherlens.scores.plan import Plan, make_plan
-from fisherlens.scores.recorder import Recorder, Unexplained, check_model, preserved_randomness
+from fisherlens.scores.recorder import LOW_PRECISION, Recorder, Unexplained, check_model, leaf_gradients, preserved_randomness
 from fisherlens.scores.source import Batch, Source
 from fisherlens.scores.streamed import StreamedMatrix
 
@@ -72,7 +72,8 @@ def capture(
         )
     layout = Layout.from_model(model, params)
     check_model(model, layout)
-    like = dict(model.named_parameters())[layout.names[0]].detach()
+    first = dict(model.named_parameters())[layout.names[0]]
+    like = torch.empty(0, dtype=torch.float32 if first.dtype in LOW_PRECISION else first.dtype, device=first.device)
     with preserved_randomness(like.device):
         source = Source(data, like.device)
         sample = _sample(source)
@@ -148,13 +149,10 @@ def _first_pass(collector: Collector, source: Source, seed: int, budget: int, pr
         None if gradient is None else (gradient / total).to(like.dtype),
         torch.cat(coefficients).reshape(-1) if gradient is not None and coefficients else None,
         bounds,
-        torch.cat([leaf.detach().reshape(-1) for leaf in collector.recorder.leaves().values()]),
+        torch.cat([leaf.detach().reshape(-1).to(like.dtype) for leaf in collector.recorder.leaves().values()]).clone(),
     )
 
 
 def _summed_gradient(outputs: Tensor, leaves: dict[str, Tensor], bound: BoundLikelihood) -> Tensor:
-    if not outputs.requires_grad:
-        return torch.zeros((), dtype=torch.float64, device=outputs.device)
-    grads = torch.autograd.grad(outputs, list(leaves.values()), bound.loss_gradient(), allow_unused=True)
-    flat = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves.values(), grads, strict=True)]
-    return torch.cat([g.reshape(-1) for g in flat]).double()
+    grads = leaf_gradients(outputs, leaves, bound.loss_gradient())
+    return torch.cat([g.reshape(-1) for g in grads.values()]).double()

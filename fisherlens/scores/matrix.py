@@ -12,6 +12,9 @@ from fisherlens.linalg.dense import self_gram
 from fisherlens.linalg.memory import Workspace
 from fisherlens.scores.base import LayerScores
 
+# Explicit columns up to this size are formed whole; beyond it their Gram matrix is summed over chunks of rows (our choice).
+_AT_ONCE = 256 * 2**20
+
 
 class ScoreMatrix:
     """U of shape ``(rows, P)``, P over the given layers in order; no answer is divided by the total weight.
@@ -114,7 +117,16 @@ class ScoreMatrix:
                 out[:, here] = layer.columns(index[here] - start)
         return out
 
-    def dense(self) -> Tensor:
-        """Uᵀ U, ``(P, P)``, from explicit columns in chunks."""
-        explicit = torch.cat([layer.columns(chunk) for layer in self.layers for chunk in layer.column_chunks()], dim=1)
-        return self_gram(explicit.T)
+    def dense(self, index: Tensor | None = None) -> Tensor:
+        """Uᵀ U, ``(P, P)``, or its block of some columns, ``(m, m)``; from all rows at once where those are small, else by chunks of rows."""
+        width = self.size if index is None else len(index)
+        if self.rows * width * self.dtype.itemsize <= _AT_ONCE:
+            every = torch.arange(self.size, device=self.device)
+            return self_gram(self.columns(every if index is None else index).T)
+        out = torch.zeros(width, width, dtype=self.dtype, device=self.device)
+        for chunk in torch.arange(self.rows, device=self.device).split(
+            max(1, _AT_ONCE // (self.size * self.dtype.itemsize))
+        ):
+            rows = self.rows_at(chunk)
+            out += self_gram((rows if index is None else rows[:, index]).T)
+        return out

@@ -8,18 +8,24 @@ from torch.nn import functional
 from fisherlens.layout import LayerInfo
 
 
-def normalised_input(module: nn.Module, x: Tensor) -> Tensor:
-    """The input after normalisation and before scale and shift."""
+Statistics = tuple[Tensor, Tensor]
+
+
+def normalised_input(module: nn.Module, x: Tensor, statistics: Statistics | None = None) -> Tensor:
+    """The input after normalisation and before scale and shift; ``statistics`` are the running mean and variance of the call."""
     if isinstance(module, nn.LayerNorm):
         return functional.layer_norm(x, module.normalized_shape, eps=module.eps)
     if isinstance(module, nn.GroupNorm):
         return functional.group_norm(x, module.num_groups, eps=module.eps)
-    return functional.batch_norm(x, module.running_mean, module.running_var, eps=module.eps, training=False)
+    mean, variance = (s.to(x.dtype) for s in statistics or (module.running_mean, module.running_var))
+    return functional.batch_norm(x, mean, variance, eps=module.eps, training=False)
 
 
-def norm_rows(module: nn.Module, layer: LayerInfo, x: Tensor, g: Tensor) -> list[Tensor]:
+def norm_rows(
+    module: nn.Module, layer: LayerInfo, x: Tensor, g: Tensor, statistics: Statistics | None = None
+) -> list[Tensor]:
     """Explicit rows of one use, ``(n, r, p)`` per parameter; ``x`` (n, …) is the module's input and ``g`` (n, r, …) its output scores."""
-    xhat = normalised_input(module, x)[:, None]
+    xhat = normalised_input(module, x, statistics)[:, None]
     if isinstance(module, nn.LayerNorm):
         keep = len(module.normalized_shape)
         axes = tuple(range(2, g.ndim - keep))

@@ -24,6 +24,7 @@ from fisherlens.scores.embedding import embedding_rows
 from fisherlens.scores.norm import norm_rows
 from fisherlens.scores.source import Batch, call, describe
 
+LOW_PRECISION = (torch.bfloat16, torch.float16)
 _PASS_THROUGH = ("Relu", "Clone", "Alias", "Dropout", "Tanh", "Sigmoid", "Gelu", "Elu", "Silu", "Softplus", "ToCopy")
 
 
@@ -36,6 +37,7 @@ class Use:
     version: int
     edge: GradientEdge | None
     output_shape: torch.Size
+    statistics: tuple[Tensor, Tensor] | None = None  # of a batch normalisation, as they were in this call
 
     def of_examples(self, size: int) -> bool:
         """Whether the first axis of input and output counts the examples of a batch of this size."""
@@ -75,13 +77,15 @@ class Recorder:
         self.modules = {name: modules["" if name == ROOT else name] for name in with_rule}
         self.copy_inputs = False
         self._frozen: dict[str, Tensor] | None = None
+        self._modes: dict[nn.Module, bool] = {}
         self._caller = Caller(model)
 
     def freeze(self) -> None:
-        """Keep copies of parameters and buffers: later passes must not see what training does to the model meanwhile."""
+        """Keep copies of parameters, buffers and modes: later passes must not see what training does to the model meanwhile."""
         if self._frozen is None:
-            state = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-            self._frozen = {name: tensor.detach().clone() for name, tensor in state.items()}
+            self._modes = {module: module.training for module in self.model.modules()}
+            self._frozen = {name: tensor.detach().clone() for name, tensor in self.model.named_parameters()}
+            self._buffers = {name: tensor.detach().clone() for name, tensor in self.model.named_buffers()}
 
     def leaves(self) -> dict[str, Tensor]:
         """The selected parameters as leaves of a new graph; the user's own tensors are not part of it."""
@@ -89,11 +93,34 @@ class Recorder:
         return {name: values[name].detach().requires_grad_() for name in self.layout}
 
     def outputs(self, batch: Batch, values: Mapping[str, Tensor]) -> Tensor:
-        """Outputs with some parameters replaced, and the rest as they were frozen."""
-        replaced = {**(self._frozen or {}), **values}
+        """Outputs with some parameters replaced, and the rest as they were frozen; at least in float32."""
+        with self._frozen_modes():
+            return self._outputs(batch, values)
+
+    @contextmanager
+    def _frozen_modes(self) -> Iterator[None]:
+        """Training or evaluation mode of every module as it was frozen, and after the call as it is."""
+        changed = {module: module.training for module, mode in self._modes.items() if module.training != mode}
+        try:
+            for module, mode in changed.items():
+                module.training = not mode
+            yield
+        finally:
+            for module, mode in changed.items():
+                module.training = mode
+
+    def _outputs(self, batch: Batch, values: Mapping[str, Tensor]) -> Tensor:
+        # a forward may write into its buffers (power iterations, counters), so it is given copies
+        buffers = dict(self.model.named_buffers()) if self._frozen is None else self._buffers
+        copies = {name: buffer.clone() for name, buffer in buffers.items()}
+        replaced = {**(self._frozen or {}), **copies, **values}
         if isinstance(self.model, FunctionModel):
-            return self.model.function({**self.model.values, **replaced}, batch.inputs)
-        return functional_call(self._caller, {f"model.{name}": v for name, v in replaced.items()}, (batch.inputs,))
+            outputs = self.model.function({**self.model.values, **replaced}, batch.inputs)
+        else:
+            outputs = functional_call(
+                self._caller, {f"model.{name}": v for name, v in replaced.items()}, (batch.inputs,)
+            )
+        return outputs.float() if outputs.dtype in LOW_PRECISION else outputs
 
     def release(self, names: Iterable[str]) -> None:
         """Stop recording these layers: their inputs and outputs do not explain their parameters."""
@@ -120,7 +147,9 @@ class Recorder:
                 kept = (
                     inputs.clone() if self.copy_inputs else inputs
                 )  # still attached: its history tells the flattened map
-                uses[name].append(Use(module, kept, kept._version, edge, output.shape))
+                mean = getattr(module, "running_mean", None)
+                statistics = None if mean is None else (mean, module.running_var)
+                uses[name].append(Use(module, kept, kept._version, edge, output.shape, statistics))
 
             return hook
 
@@ -160,6 +189,14 @@ def backward(
     }
 
 
+def leaf_gradients(outputs: Tensor, leaves: Mapping[str, Tensor], signal: Tensor) -> dict[str, Tensor]:
+    """Gradient of ⟨signal, outputs⟩ by every leaf, zero where there is none, and never sparse; the graph is used up."""
+    if not outputs.requires_grad:
+        return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    grads = torch.autograd.grad(outputs, list(leaves.values()), signal, allow_unused=True, materialize_grads=True)
+    return {name: g.to_dense() if g.is_sparse else g for name, g in zip(leaves, grads, strict=True)}
+
+
 def parameter_rows(
     layer: LayerInfo,
     use: Use,
@@ -169,12 +206,13 @@ def parameter_rows(
 ) -> list[Tensor]:
     """Explicit rows that one use contributes, ``(n, r, numel)`` per parameter; ``g`` is (n, r, …) at the module's output."""
     x = use.inputs.detach()
+    x = x.to(g.dtype) if x.is_floating_point() else x  # low-precision activations are accumulated in float32
     if layer.kind == "conv":
         return conv_rows(ConvGeometry.of(use.module), layer, x, g, out, workspace)
     if layer.kind == "embedding":
         pieces = embedding_rows(use.module, x, g)
     elif layer.kind == "norm":
-        pieces = norm_rows(use.module, layer, x, g)
+        pieces = norm_rows(use.module, layer, x, g, use.statistics)
     else:
         g = g.reshape(g.shape[0], g.shape[1], -1, g.shape[-1])
         pieces = []
@@ -221,15 +259,20 @@ def check_model(model: nn.Module, layout: Layout) -> None:
                 f"Module {label} {how}, so it couples the examples of a batch and no per-example Fisher exists. "
                 "Call model.eval() before the analysis (and keep track_running_stats=True)."
             )
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and (module.max_norm or module.scale_grad_by_freq):
+            option = "max_norm rewrites the table" if module.max_norm else "scale_grad_by_freq rescales its gradient by the batch"
+            raise InputError(
+                f"Module {label}: {option} in every forward pass, so its gradient is not a derivative of the outputs. Build the table without it."
+            )
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             raise InputError(
                 f"Module {label} is in training mode with p={module.p}, so two passes differ and F is not one fixed matrix. Call model.eval()."
             )
     parameters = dict(model.named_parameters())
     kinds = {(parameters[name].dtype, parameters[name].device) for name in layout}
-    if len(kinds) > 1 or next(iter(kinds))[0] not in (torch.float32, torch.float64):
+    if len(kinds) > 1 or next(iter(kinds))[0] not in (torch.float32, torch.float64, *LOW_PRECISION):
         raise InputError(
-            f"The selected parameters must share one device and one dtype, float32 or float64; got {sorted(map(str, kinds))}. "
+            f"The selected parameters must share one device and one real dtype; got {sorted(map(str, kinds))}. "
             "Use model.float() or model.double(), or select parameters with params=[...]."
         )
     for name, parameter in model.named_parameters():
@@ -263,7 +306,8 @@ def probe(recorder: Recorder, batch: Batch) -> Tensor:
     if batch.size > 1:
         alone = recorder.forward(batch.part(0, 1))[0]
         gap = (outputs[:1] - alone).detach().abs().max().item() if alone.shape == outputs[:1].shape else float("inf")
-        if gap > 1e-3 * scale:
+        coarse = any(p.dtype in LOW_PRECISION for p in recorder.leaves().values())
+        if gap > (5e-2 if coarse else 1e-3) * scale:
             raise InputError(
                 f"The output of an example depends on the other examples of its batch (difference {gap:.3g}), so no per-example Fisher exists. "
                 "Look for statistics over the batch axis in the model's forward."
@@ -287,11 +331,9 @@ def unexplained(recorder: Recorder, batch: Batch) -> list[str]:
     weight = 0.5 + torch.rand(len(outputs), generator=generator, dtype=torch.float64).to(outputs.device, outputs.dtype)
     scores = backward(outputs, uses, signal)
     weighted = signal * weight.view(-1, *[1] * (signal.ndim - 1))
-    grads = torch.autograd.grad(outputs, list(leaves.values()), weighted, allow_unused=True)
-    truth = {
-        name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in zip(leaves.items(), grads, strict=True)
-    }
-    tolerance = 1e-3 if outputs.dtype == torch.float32 else 1e-8
+    truth = leaf_gradients(outputs, leaves, weighted)
+    coarse = next(iter(leaves.values())).dtype in LOW_PRECISION
+    tolerance = 5e-2 if coarse else 1e-3 if outputs.dtype == torch.float32 else 1e-8
     found = []
     for layer in recorder.layout.layers:
         if layer.name not in recorder.modules:

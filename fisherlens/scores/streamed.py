@@ -13,7 +13,7 @@ from fisherlens.errors import MemoryBudgetError, NonFiniteError
 from fisherlens.layout import LayerInfo
 from fisherlens.scores.base import LayerScores
 from fisherlens.scores.matrix import ScoreMatrix
-from fisherlens.scores.recorder import preserved_randomness
+from fisherlens.scores.recorder import leaf_gradients, preserved_randomness
 from fisherlens.scores.source import Source
 
 if TYPE_CHECKING:
@@ -161,6 +161,9 @@ class StreamedMatrix(ScoreMatrix):
     def columns(self, index: Tensor) -> Tensor:
         return torch.cat([scores.columns(index) for _, scores in self.parts()])
 
+    def dense(self, index: Tensor | None = None) -> Tensor:
+        return sum(scores.dense(index).double() for _, scores in self.parts()).to(self.dtype)
+
     def contract(self, coefficients: Tensor) -> ScoreMatrix:
         return ScoreMatrix([layer.contract(coefficients) for layer in self.layers])
 
@@ -168,7 +171,7 @@ class StreamedMatrix(ScoreMatrix):
         """Row-space image ``(n, r)`` of one vector, the score columns, and the graph of the outputs."""
         recorder = self.collector.recorder
         leaves = recorder.leaves()
-        tangents = self.collector.layout.unflatten(v)
+        tangents = {name: t.to(leaves[name].dtype) for name, t in self.collector.layout.unflatten(v).items()}
         outputs, change = _jvp(lambda values: recorder.outputs(piece.batch, values), leaves, tangents)
         bound = self.collector.bind(outputs, piece.batch)
         columns = list(self.collector.signals(bound, piece.uniforms))
@@ -182,11 +185,8 @@ class StreamedMatrix(ScoreMatrix):
     def _linearised(self, piece: Piece, v: Tensor) -> Tensor:
         z, columns, outputs, leaves = self._forward_mode(piece, v)
         signal = sum(column * z[:, r].view(-1, *[1] * (outputs.ndim - 1)) for r, column in enumerate(columns))
-        if not outputs.requires_grad:
-            return torch.zeros(self.size, dtype=torch.float64, device=self.device)
-        grads = torch.autograd.grad(outputs, list(leaves.values()), signal, allow_unused=True)
-        flat = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves.values(), grads, strict=True)]
-        return torch.cat([g.reshape(-1) for g in flat]).double()
+        grads = leaf_gradients(outputs, leaves, signal)
+        return torch.cat([g.reshape(-1) for g in grads.values()]).double()
 
 
 def _jvp(
