@@ -1,0 +1,29 @@
+"""Natural-gradient optimizers: each a ``torch.optim.Optimizer`` for the ordinary training loop.
+
+``loss = loss_fn(model(x), y); opt.zero_grad(); loss.backward(); opt.step()`` is all that a user writes. What holds for every method:
+
+- *An example* is one entry of the first axis, for every layer. Its gradient g_n is that of its own loss: the user's loss is
+  their mean, or their sum with ``reduction="sum"``. For ``CrossEntropyLoss`` that is the negative log-likelihood; for
+  ``MSELoss``, which also averages over elements, the squared error over the number of elements. Class weights and ignored
+  labels scale an example's share of the mean; positions of a structured output belong to one example.
+- *Statistics* come from hooks on the Linear and convolution layers during the user's own passes. A backward pass counts if it adds to
+  ``.grad``: evaluation, ``torch.autograd.grad`` and analyses of the same model in between change nothing. Several backward passes
+  before a step are one batch of all their examples; divide each loss by their number, as usual, and the step is that of the
+  whole batch. A module called twice in one forward pass of the model has its scores summed; two forward passes are different examples.
+  ``opt.zero_grad()`` drops the statistics of the gradients that it drops (``model.zero_grad()`` cannot).
+- *Sampled labels* cost one more backward pass, within each forward pass of the whole model that is due to be counted. They give the
+  Fisher's own scale, Σ u uᵀ / W over the W terms of the mean, whatever the loss.
+- *Training mode* is accepted: dropout is as it was in the forward pass, and the batch statistics of BatchNorm count as constants in the
+  gradients of the examples.
+- *Parameters without statistics* (embeddings, recurrent layers, tensors of one's own modules or tied between modules) move along
+  ḡ / (1 + damping), announced once by a NumericalWarning.
+- *Failures*: a gradient with NaN or infinity is refused with the name of its parameter, parameters and state unchanged. A block that is
+  not positive definite is tried again with 10, 100, …, 10⁶ times the damping, then takes gradient over damping, counted in ``opt.diagnostics``.
+- *The model* can be copied and pickled, and its copies feed nothing here. ``opt.remove_hooks()`` takes the hooks off, and they go with
+  the optimizer. ``opt.state_dict()`` resumes bit by bit. Bfloat16 autocast is fine; a ``GradScaler`` is refused.
+  Processes that train one model together are not coordinated: each would keep the statistics of its own examples.
+"""
+
+from fisherlens.optim.cwngd import CWNGD
+
+__all__ = ["CWNGD"]

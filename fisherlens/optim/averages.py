@@ -1,0 +1,81 @@
+"""Running averages that optimizers keep: of blocks of one size in one batch, and of single parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherlens.layout import LayerInfo
+from fisherlens.optim.moments import run_start
+from fisherlens.partitions import BlockGroup
+
+
+class Averages:
+    """What of a dataclass is state: its tensors and counters, not where they belong."""
+
+    def state(self) -> dict[str, Any]:
+        """Tensors (not copied) and counters."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("layer", "at")}  # type: ignore[arg-type]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors."""
+        return {name: tuple(value.shape) for name, value in self.state().items() if isinstance(value, Tensor)}
+
+
+@dataclass(eq=False)
+class BlockAverages(Averages):
+    """B blocks of size s: H of outer products of scores, m of gradients, and how often each was updated.
+
+    ``layer`` is None where the blocks cross layers, ``at`` tells where the B s entries lie in the flat vector.
+    """
+
+    layer: str | None
+    at: slice | Tensor
+    H: Tensor  # (B, s, s)
+    m: Tensor  # (B, s)
+    H_steps: int = 0
+    m_steps: int = 0
+
+    @classmethod
+    def of_group(cls, group: BlockGroup, like: Tensor) -> BlockAverages:
+        """Start at zero, in the dtype and on the device of ``like``."""
+        run, shape = run_start(group.index), group.index.shape
+        at = group.index.reshape(-1).to(like.device) if run is None else slice(run, run + group.index.numel())
+        return cls(group.layer, at, like.new_zeros(*shape, group.size), like.new_zeros(shape))
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The entries of a flat vector, (B, s)."""
+        return flat[self.at].view(self.m.shape)
+
+
+@dataclass(eq=False)
+class EntryAverages(Averages):
+    """A layer's entries one by one: h of squares and m of gradients, both (p,)."""
+
+    layer: str
+    at: slice
+    h: Tensor
+    m: Tensor
+    steps: int = 0
+
+    @classmethod
+    def of_layer(cls, layer: LayerInfo, like: Tensor) -> EntryAverages:
+        """Start at zero, in the dtype and on the device of ``like``."""
+        return cls(layer.name, slice(layer.start, layer.stop), like.new_zeros(layer.size), like.new_zeros(layer.size))
+
+
+def by_size(blocks: Sequence[BlockAverages]) -> list[list[BlockAverages]]:
+    """Sort blocks of one size together, whatever their layer."""
+    found: dict[int, list[BlockAverages]] = {}
+    for one in blocks:
+        found.setdefault(one.m.shape[1], []).append(one)
+    return list(found.values())
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate along the blocks; a single part is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -1,0 +1,65 @@
+"""Damped solves of many small blocks, each of which gets more damping where it needs it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fisherlens.scores.base import CHUNK_BYTES
+
+RETRIES = 6  # with 10, 100, ..., 10^6 times the damping; the number is our choice
+
+
+class BlockSolution(NamedTuple):
+    """Solutions ``(B, s)``, how many factorisations were repeated, and the blocks that could not be factorised."""
+
+    vectors: Tensor
+    retries: int
+    failed: Tensor
+
+
+def solve_blocks(matrices: Tensor, damping: float, vectors: Tensor) -> BlockSolution:
+    """Solve (H_b + λI) u_b = m_b for every block, by batched Cholesky factors in float64.
+
+    A block that is not positive definite, or whose solution is not finite, is tried again with 10 λ, then 100 λ, up to
+    10^6 λ; the others keep their λ. A block that fails even so takes m_b / (10^6 λ), the limit of large damping.
+
+    Parameters
+    ----------
+    matrices
+        H, ``(B, s, s)``, symmetric; the lower triangles are read.
+    damping
+        λ > 0.
+    vectors
+        m, ``(B, s)``.
+    """
+    if matrices.shape[-1] == 1:
+        return BlockSolution(vectors / (matrices[:, 0] + damping), 0, torch.zeros(0, dtype=torch.int64))
+    out = torch.empty_like(vectors)
+    step = max(1, CHUNK_BYTES // (16 * matrices[0].numel()))
+    solved = torch.ones(len(matrices), dtype=torch.bool, device=matrices.device)
+    for start in range(0, len(matrices), step):
+        at = slice(start, start + step)
+        out[at], solved[at] = _attempt(matrices[at], damping, vectors[at])
+    todo = (~solved).nonzero()[:, 0]
+    retries = 0
+    for power in range(1, RETRIES + 1):
+        if not len(todo):
+            break
+        retries += len(todo)
+        out[todo], solved = _attempt(matrices[todo], damping * 10**power, vectors[todo])
+        todo = todo[~solved]
+    out[todo] = vectors[todo] / (damping * 10**RETRIES)
+    return BlockSolution(out, retries, todo)
+
+
+def _attempt(matrices: Tensor, damping: float, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Solutions, and which of them stand."""
+    dtype = torch.float64 if matrices.device.type != "mps" else matrices.dtype
+    wide = matrices.to(dtype, copy=True)
+    wide.diagonal(dim1=-2, dim2=-1).add_(damping)
+    factor, info = torch.linalg.cholesky_ex(wide)
+    solution = torch.cholesky_solve(vectors[:, :, None].to(dtype), factor)[:, :, 0].to(vectors.dtype)
+    return solution, (info == 0) & torch.isfinite(solution).all(1)

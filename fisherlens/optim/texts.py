@@ -1,0 +1,93 @@
+"""What the optimizers say when they refuse, warn or fall back."""
+
+NO_PARAMETERS = (
+    "{name} needs a model with parameters that require grad; {model} has none. "
+    "Call requires_grad_(True) on the parameters to train."
+)
+NOTHING_COVERED = (
+    "{name} preconditions Linear and convolution layers (by exact type); {model} has no trainable one. "
+    "For such a model take a method of torch.optim."
+)
+MIXED = (
+    "The trainable parameters must share one device and one dtype, float32 or float64; got {got}. Use model.float() or "
+    "model.double(); mixed precision by autocast leaves the parameters in float32."
+)
+FALLBACK = (
+    "{name} does not precondition {names}, as no layer of a known kind owns them alone; they move by "
+    "lr * gradient / (1 + damping), the rule for parameters without statistics. Freeze them to leave them as they are."
+)
+UNSEEN = (
+    "{name} saw a gradient of {names}, but no call of the module that owns them, as when a function uses its weight "
+    "directly; they move by lr * gradient / (1 + damping). Call the module itself, model.layer(x), to have them preconditioned."
+)
+NO_STATISTICS = (
+    "step() found no statistics: no backward pass has reached the model's layers since the last step (or since "
+    "zero_grad, which drops them). The loop is loss = loss_fn(model(x), y); opt.zero_grad(); loss.backward(); opt.step(). "
+    "The model must be the one that the optimizer was built with, its hooks in place; a loss that was backpropagated by "
+    "torch.autograd.grad leaves no .grad and does not count."
+)
+BAD_GRADIENT = (
+    "The gradient of parameter {name!r} holds NaN or infinity, so the step was refused: parameters and state are as "
+    "before. The loss has probably diverged or divided by zero; lower lr, raise damping, or skip this batch."
+)
+BAD_STATISTICS = (
+    "The scores of layer {layer!r} hold NaN or infinity in their second moments although the gradient is finite, so the "
+    "step was refused: parameters and state are as before. Squares probably overflowed; rescale the loss or the inputs, or "
+    "use float64."
+)
+BAD_STEP = (
+    "The step along parameter {name!r} is not finite, so it was refused: the parameters are as before. Gradient over damping "
+    "overflows; raise damping, or rescale the loss."
+)
+MOVED = (
+    "The optimizer's state is {was}, but the model's parameters are {now}: the model was moved or converted after the first "
+    "step. Move it before, or build a new optimizer."
+)
+OTHER_STATE = "This state dict is of {got}; {name} loads only its own. Build the same optimizer as when it was saved, or start without it."
+OTHER_MODEL = (
+    "This state of {name} belongs to another model or setting: {what}. Build the optimizer with the same model, trainable "
+    "parameters and options as when it was saved."
+)
+SCALER = (
+    "{name} was stepped by a GradScaler, whose scaled loss would enter the statistics squared. Use bfloat16 autocast, which "
+    "needs no scaler, or disable the scaler."
+)
+ONE_GROUP = (
+    "{name} has one parameter group, all trainable parameters of its model; another one cannot be added. Set "
+    "requires_grad before building it."
+)
+NO_COPY = (
+    "{name} cannot be copied or pickled, because its statistics come from hooks on its own model. Save opt.state_dict(), and "
+    "load it into a new {name} of the other model."
+)
+NOT_A_MODEL = "{name} takes the model itself, a torch.nn.Module, to put hooks on; got {got}."
+LAZY = "Parameters {names} are not initialised yet. Run one forward pass before building {name}."
+WEIGHTED_LABELS = (
+    "labels='sampled' cannot use {likelihood!r}: its weights follow the observed labels, which the optimizer does not see. "
+    "Use labels='true', or the likelihood without weights."
+)
+NOT_THE_MODEL = (
+    "labels='sampled' draws labels from the outputs of the model that the optimizer was built with; a layer was "
+    "backpropagated without a call of that model since the last step. Call the whole model, or use labels='true'."
+)
+NOT_DEFINITE = (
+    "{count} blocks of {size} parameters are not positive definite even with {damping:g} I added; they move along gradient / "
+    "{damping:g}. Training has probably diverged: lower lr or raise damping."
+)
+NOT_BATCHED = (
+    "Layer {layer!r} ({type}) must read a batch, of {wanted} axes with the examples on the first; got an input of shape "
+    "{got}. A single example has no batch axis: add one, with x.unsqueeze(0)."
+)
+OTHER_COUNT = (
+    "All layers of one forward pass must see the same examples on their first axis; got {counts}. A reshape probably folds "
+    "another axis into the batch, so that rows can no longer be told apart by example: keep that axis apart (a Linear takes "
+    "any number of axes between), or set requires_grad_(False) on the parameters of such layers."
+)
+WRITTEN_OVER = (
+    "The input of layer {layer!r} was changed in place after the layer had read it, so its scores cannot be computed. "
+    "Replace the in-place operation that follows, such as ReLU(inplace=True) or +=, by the ordinary one."
+)
+NO_TENSOR = (
+    "labels='sampled' draws labels from the model's outputs, which must be one tensor of logits or means; the model "
+    "returned {got}. Use labels='true', or a model whose forward returns the outputs alone."
+)
