@@ -273,8 +273,7 @@ class Fisher:
             raise MemoryBudgetError(
                 f"The block {names!r} of {len(index)} parameters would take {size}; the cap is {max_params}. Raise max_params."
             )
-        columns = self.scores.columns(index)
-        return columns.T @ columns / self.total_weight
+        return self.scores.dense(index) / self.total_weight
 
     # --- solves ------------------------------------------------------------------------------------------------------
 

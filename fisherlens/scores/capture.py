@@ -10,13 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from fisherlens._progress import progress as progress_bar
-from fisherlens.errors import InputError, NonFiniteError
+from fisherlens.errors import InputError
 from fisherlens.layout import FunctionModel, Layout
 from fisherlens.likelihoods import BoundLikelihood, Likelihood
-from fisherlens.scores.collector import Collector
+from fisherlens.scores.collector import Collector, require_finite_scores
 from fisherlens.scores.matrix import ScoreMatrix
 from fisherlens.scores.plan import Plan, make_plan
-from fisherlens.scores.recorder import LOW_PRECISION, Recorder, Unexplained, check_model, leaf_gradients, preserved_randomness
+from fisherlens.scores.recorder import (
+    LOW_PRECISION,
+    Recorder,
+    Unexplained,
+    check_model,
+    leaf_gradients,
+    preserved_randomness,
+)
 from fisherlens.scores.source import Batch, Source
 from fisherlens.scores.streamed import StreamedMatrix
 
@@ -133,12 +140,7 @@ def _first_pass(collector: Collector, source: Source, seed: int, budget: int, pr
         matrix: ScoreMatrix = StreamedMatrix(collector, source, seed, budget, mask)
     else:
         matrix = ScoreMatrix([writer.scores() for writer in writers.values()], mask)
-        ones = torch.ones(collector.layout.n_params, 1, dtype=like.dtype, device=like.device)
-        if not torch.isfinite(matrix.matmat(ones)).all():
-            raise NonFiniteError(
-                "The scores hold NaN or infinity although parameters, inputs and outputs are finite: a derivative overflowed. Look for square "
-                "roots or logarithms at 0 in the model's forward, or use a float64 model."
-            )
+        require_finite_scores(matrix)
     return Capture(
         collector.layout,
         plan,

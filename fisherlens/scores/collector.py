@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fisherlens.errors import InputError
+from fisherlens.errors import InputError, NonFiniteError
 from fisherlens.likelihoods import BoundLikelihood, Likelihood
 from fisherlens.linalg.memory import Workspace
 from fisherlens.scores.matrix import ScoreMatrix
@@ -163,7 +163,9 @@ class Collector:
         outputs, uses, _ = self.forward(piece.batch)
         writers = self.writers(piece.batch.size)
         self.collect(piece, self.bind(outputs, piece.batch), outputs, uses, writers, slice(0, piece.batch.size))
-        return ScoreMatrix([writer.scores() for writer in writers.values()])
+        scores = ScoreMatrix([writer.scores() for writer in writers.values()])
+        require_finite_scores(scores, f" of {piece.batch.where}")
+        return scores
 
     def signals(self, bound: BoundLikelihood, uniforms: Tensor) -> Iterator[Tensor]:
         """The score columns at the network's outputs, one after another."""
@@ -192,3 +194,12 @@ class Collector:
         if self.kind == "exact":
             return bound.gradient_coefficients()
         return bound.weight.sqrt().to(bound.outputs.dtype)
+
+
+def require_finite_scores(scores: ScoreMatrix, where: str = "") -> None:
+    """Refuse scores with NaN or infinity, seen by one cheap product."""
+    if not torch.isfinite(scores.matmat(torch.ones(scores.size, 1, dtype=scores.dtype, device=scores.device))).all():
+        raise NonFiniteError(
+            f"The scores{where} hold NaN or infinity although parameters, inputs and outputs are finite: a derivative overflowed. Look for square "
+            "roots or logarithms at 0 in the model's forward, or use a float64 model."
+        )
