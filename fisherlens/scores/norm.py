@@ -7,7 +7,6 @@ from torch.nn import functional
 
 from fisherlens.layout import LayerInfo
 
-
 Statistics = tuple[Tensor, Tensor]
 
 

@@ -260,7 +260,11 @@ def check_model(model: nn.Module, layout: Layout) -> None:
                 "Call model.eval() before the analysis (and keep track_running_stats=True)."
             )
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and (module.max_norm or module.scale_grad_by_freq):
-            option = "max_norm rewrites the table" if module.max_norm else "scale_grad_by_freq rescales its gradient by the batch"
+            option = (
+                "max_norm rewrites the table"
+                if module.max_norm
+                else "scale_grad_by_freq rescales its gradient by the batch"
+            )
             raise InputError(
                 f"Module {label}: {option} in every forward pass, so its gradient is not a derivative of the outputs. Build the table without it."
             )
