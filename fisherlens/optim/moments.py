@@ -48,9 +48,11 @@ def layer_scores(
     scores = [call.score[examples].to(dtype) for call in calls]
     n = len(inputs[0])
     if layer.kind == "dense":
-        a = torch.cat([x.reshape(n, -1, x.shape[-1]) for x in inputs], dim=1)
-        g = torch.cat([s.reshape(n, 1, -1, s.shape[-1]) for s in scores], dim=2)
-        return DenseScores(layer, a, g)
+        a = [x.reshape(n, -1, x.shape[-1]) for x in inputs]
+        g = [s.reshape(n, 1, -1, s.shape[-1]) for s in scores]
+        if len(calls) == 1:
+            return DenseScores(layer, a[0], g[0])
+        return DenseScores(layer, torch.cat(a, dim=1), torch.cat(g, dim=2))
     total: list[Tensor] = []
     for call, x, score in zip(calls, inputs, scores, strict=True):
         rows = parameter_rows(layer, replace(call.use, inputs=x), score[:, None].contiguous(), workspace=workspace)
@@ -205,19 +207,22 @@ def _entries(diagonal: Tensor, piece: _Piece) -> Tensor:
 
 
 def _layer_moments(scores: LayerScores, piece: _Piece) -> Tensor:
-    """Moments of blocks in one layer; neighbouring kernels and segments, the usual case, without any gather."""
-    size, start = piece.index.shape[1], piece.run
+    """Moments of blocks in one layer; neighbouring kernels, segments and biases, the usual case, without any gather."""
+    size, start, count = piece.index.shape[1], piece.run, piece.index.numel()
+    rows = found = None
     if start is not None and isinstance(scores, ExplicitScores):
-        for rows, at in zip(scores.pieces, scores.slices, strict=True):
-            if at.start <= start and start + piece.index.numel() <= at.stop:
-                part = rows[:, start - at.start :][:, : piece.index.numel()]
-                blocks = part.unflatten(1, (-1, size)).transpose(0, 1)  # (B, n, s)
-                return torch.bmm(blocks.mT, blocks)
-    if start is not None and isinstance(scores, DenseScores) and scores.t == 1:
-        found = _segment_moments(scores, start, piece.index.numel(), size)
-        if found is not None:
-            return found
-    return scores.moments(piece.index)
+        for part, at in zip(scores.pieces, scores.slices, strict=True):
+            if at.start <= start and start + count <= at.stop:
+                rows = part[:, start - at.start : start - at.start + count]
+    elif start is not None and isinstance(scores, DenseScores):
+        if start >= scores.n_weight:
+            rows = scores.g[:, 0].sum(1)[:, start - scores.n_weight : start - scores.n_weight + count]
+        elif scores.t == 1:
+            found = _segment_moments(scores, start, count, size)
+    if rows is not None:
+        blocks = rows.unflatten(1, (-1, size)).transpose(0, 1)  # (B, n, s)
+        return torch.bmm(blocks.mT, blocks)
+    return scores.moments(piece.index) if found is None else found
 
 
 def _segment_moments(scores: DenseScores, start: int, count: int, size: int) -> Tensor | None:

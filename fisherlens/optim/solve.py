@@ -37,12 +37,9 @@ def solve_blocks(matrices: Tensor, damping: float, vectors: Tensor) -> BlockSolu
     """
     if matrices.shape[-1] == 1:
         return BlockSolution(vectors / (matrices[:, 0] + damping), 0, torch.zeros(0, dtype=torch.int64))
-    out = torch.empty_like(vectors)
     step = max(1, CHUNK_BYTES // (16 * matrices[0].numel()))
-    solved = torch.ones(len(matrices), dtype=torch.bool, device=matrices.device)
-    for start in range(0, len(matrices), step):
-        at = slice(start, start + step)
-        out[at], solved[at] = _attempt(matrices[at], damping, vectors[at])
+    parts = [_attempt(m, damping, v) for m, v in zip(matrices.split(step), vectors.split(step), strict=True)]
+    out, solved = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
     todo = (~solved).nonzero()[:, 0]
     retries = 0
     for power in range(1, RETRIES + 1):
