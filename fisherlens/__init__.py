@@ -22,7 +22,15 @@ from fisherlens.errors import (
 from fisherlens.fisher import Fisher
 from fisherlens.independence import independence
 from fisherlens.information import information
-from fisherlens.likelihoods import Bernoulli, Categorical, Gaussian
+from fisherlens.likelihoods import (
+    Bernoulli,
+    BoundLikelihood,
+    Categorical,
+    ElementwiseLikelihood,
+    Gaussian,
+    HeteroscedasticGaussian,
+    Likelihood,
+)
 from fisherlens.partitions import Partition, partition
 from fisherlens.results import load, save
 from fisherlens.spectrum import effective_dimension, log_determinant, spectrum
@@ -34,6 +42,11 @@ __all__ = [  # noqa: RUF022 - grouped by topic
     "Categorical",
     "Bernoulli",
     "Gaussian",
+    "HeteroscedasticGaussian",
+    # a likelihood of one's own
+    "ElementwiseLikelihood",
+    "Likelihood",
+    "BoundLikelihood",
     # spectra
     "spectrum",
     "effective_dimension",

@@ -11,12 +11,23 @@ from torch import nn
 
 from fisherlens.errors import UNKNOWN_NAME, InputError, nearest
 from fisherlens.likelihoods.base import BoundLikelihood, Likelihood
+from fisherlens.likelihoods.bernoulli import Bernoulli
 from fisherlens.likelihoods.categorical import Categorical
-from fisherlens.likelihoods.elementwise import Bernoulli, Gaussian
+from fisherlens.likelihoods.elementwise import ElementwiseLikelihood
+from fisherlens.likelihoods.gaussian import Gaussian, HeteroscedasticGaussian
 
-__all__ = ["Bernoulli", "BoundLikelihood", "Categorical", "Gaussian", "Likelihood", "as_likelihood"]
+__all__ = [
+    "Bernoulli",
+    "BoundLikelihood",
+    "Categorical",
+    "ElementwiseLikelihood",
+    "Gaussian",
+    "HeteroscedasticGaussian",
+    "Likelihood",
+    "as_likelihood",
+]
 
-_BY_NAME = {cls.name: cls for cls in (Categorical, Bernoulli, Gaussian)}
+_BY_NAME = {cls.name: cls for cls in (Categorical, Bernoulli, Gaussian, HeteroscedasticGaussian)}
 _FOR_LOSS = {
     "CrossEntropyLoss": "categorical",
     "cross_entropy": "categorical",
@@ -28,6 +39,8 @@ _FOR_LOSS = {
     "binary_cross_entropy": "bernoulli",
     "MSELoss": "gaussian",
     "mse_loss": "gaussian",
+    "GaussianNLLLoss": "heteroscedastic_gaussian",
+    "gaussian_nll_loss": "heteroscedastic_gaussian",
 }
 
 
@@ -44,12 +57,17 @@ def as_likelihood(likelihood: str | Likelihood) -> Likelihood:
                 UNKNOWN_NAME.format(what="likelihood", name=likelihood, hint=nearest(likelihood, _BY_NAME))
             )
         return _BY_NAME[likelihood]()
+    if isinstance(likelihood, type) and issubclass(likelihood, Likelihood):
+        raise TypeError(
+            f"likelihood must be a name or a fisherlens likelihood; got the class {likelihood.__name__}. Make one of it: {likelihood.__name__}()."
+        )
     label = (
         type(likelihood).__name__
         if isinstance(likelihood, nn.Module)
         else getattr(likelihood, "__name__", type(likelihood).__name__)
     )
-    advice = f"use likelihood={_FOR_LOSS[label]!r}" if label in _FOR_LOSS else f"use one of {sorted(_BY_NAME)}"
+    named = f"use one of {sorted(_BY_NAME)}, or write your own as an ElementwiseLikelihood (docs/howto/own_likelihood.md has Poisson)"
+    advice = f"use likelihood={_FOR_LOSS[label]!r}" if label in _FOR_LOSS else named
     raise TypeError(
         f"likelihood must be a name or a fisherlens likelihood; got {label}. A loss does not fix the scale of a Fisher: {advice}, "
         "and the outputs stay logits (categorical, bernoulli) or means (gaussian)."

@@ -18,7 +18,8 @@ class _BoundCategorical(BoundLikelihood):
     """
 
     def __init__(self, likelihood: Categorical, outputs: Tensor, labels: Tensor | None, weight: Tensor):
-        self.outputs = outputs
+        num_terms, self._free = weight.shape[1], max(outputs.shape[likelihood.class_axis] - 1, 1)
+        super().__init__(outputs, num_columns=num_terms * self._free, num_uniforms=num_terms, weight=weight)
         self._axis = likelihood.class_axis
         moved = outputs.movedim(self._axis, -1)
         self._moved_shape = moved.shape
@@ -28,11 +29,7 @@ class _BoundCategorical(BoundLikelihood):
         self._q = (self._log_p / 2).exp()
         self._pivot = self._p.argmax(-1)  # (N, T)
         self._labels = labels  # (N, T), ignored ones already replaced by 0
-        self.weight = weight
         self._root_weight = weight.sqrt().to(outputs.dtype)
-        self._free = max(logits.shape[-1] - 1, 1)
-        self.num_columns = logits.shape[1] * self._free
-        self.num_uniforms = logits.shape[1]
 
     def _shaped(self, scores: Tensor) -> Tensor:
         return scores.reshape(self._moved_shape).movedim(-1, self._axis)
@@ -135,7 +132,9 @@ class Categorical(Likelihood):
     def rank_per_term(self, output_shape: torch.Size) -> int:
         return output_shape[self.class_axis] - 1
 
-    def bind(self, outputs: Tensor, targets: Tensor | None, where: str = "the data") -> BoundLikelihood:
+    def bind(
+        self, outputs: Tensor, targets: Tensor | None, where: str = "the data", at: slice | None = None
+    ) -> BoundLikelihood:
         """Check logits and labels of one batch and bind to them."""
         if (
             outputs.ndim < 2
