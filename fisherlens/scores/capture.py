@@ -15,7 +15,7 @@ from fisherlens.layout import FunctionModel, Layout
 from fisherlens.likelihoods import BoundLikelihood, Likelihood
 from fisherlens.scores.collector import Collector, require_finite_scores
 from fisherlens.scores.matrix import ScoreMatrix
-from fisherlens.scores.plan import Plan, make_plan
+from fisherlens.scores.plan import Plan, Sizes, make_plan
 from fisherlens.scores.recorder import (
     LOW_PRECISION,
     Recorder,
@@ -89,7 +89,8 @@ def capture(
             recorder = Recorder(model, layout)
             recorder.release(without_rule)
             collector = Collector(recorder, likelihood, kind, mc_samples, sample, like)
-            plan = make_plan(collector.layout.layers, collector.uses, source.n_data, collector.r, budget, like.dtype)
+            sizes = Sizes(source.n_data, collector.r, like.dtype, collector.graph_bytes)
+            plan = make_plan(collector.layout.layers, collector.uses, sizes, budget)
             collector.prepare(plan, budget)
             try:
                 return _first_pass(collector, source, seed, budget, progress)
@@ -109,7 +110,7 @@ def _sample(source: Source) -> Batch:
 def _first_pass(collector: Collector, source: Source, seed: int, budget: int, progress: bool | None) -> Capture:
     """Pass over the data: scores if they are kept, and in any case weights, gradient and outputs."""
     like, n, plan = collector.like, source.n_data, collector.plan
-    writers = None if plan.streamed else collector.writers(n)
+    writers = None if plan.streamed or plan.linearised else collector.writers(n)
     gradient: Tensor | None = torch.zeros(collector.layout.n_params, dtype=torch.float64, device=like.device)
     coefficients, bounds, weights, kept = [], [], [], []
     with progress_bar(n, desc="Fisher scores", enabled=progress) as bar:

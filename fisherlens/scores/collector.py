@@ -63,6 +63,7 @@ class Collector:
         self.uses = recorder.forward(sample)[1]
         self.r = {"exact": bound.num_columns, "mc": mc_samples, "empirical": bound.num_terms}[kind]
         self.rank_per_term, self.output_shape = likelihood.rank_per_term(outputs.shape), outputs.shape[1:]
+        self.graph_bytes = recorder.graph_bytes(sample)
         self._num_uniforms, self._sample_size = bound.num_uniforms, sample.size
         layout = recorder.layout
         maps = {name: flattened_map(u[0]) for name, u in self.uses.items() if u and layout.layer(name).kind == "dense"}

@@ -79,6 +79,11 @@ class Plan:
         return any(entry.path == "streamed" for entry in self.layers)
 
     @property
+    def linearised(self) -> bool:
+        """Whether the graph of the network is kept in place of scores."""
+        return any(entry.path == "linearised" for entry in self.layers)
+
+    @property
     def product_cost(self) -> float:
         """FLOPs of one product over those of one gradient evaluation."""
         return sum(e.product_flops for e in self.layers) / max(sum(e.gradient_flops for e in self.layers), 1.0)
@@ -130,19 +135,28 @@ class _Candidate:
     flops: float
 
 
-def make_plan(
-    layers: Sequence[LayerInfo],
-    uses: dict[str, list[Use]],
-    n_data: int,
-    n_columns: int,
-    budget: int,
-    dtype: torch.dtype,
-) -> Plan:
+@dataclass(frozen=True)
+class Sizes:
+    """What a plan depends on beside the layers: examples, columns, dtype of the scores, bytes of the graph per example."""
+
+    n_data: int
+    n_columns: int
+    dtype: torch.dtype
+    graph_bytes: int
+
+
+# A kept linearisation holds the forward graph and that of its gradient, which saves the same tensors and as many of its own.
+_GRAPHS = 3
+
+
+def make_plan(layers: Sequence[LayerInfo], uses: dict[str, list[Use]], sizes: Sizes, budget: int) -> Plan:
     """Choose the cheapest exact representation of each layer within the budget.
 
     Rule (methods: routes by cost): factors by default; explicit rows where there are more positions than score columns,
     as one product then costs R/T of the factor route; layers with the largest saving per byte first, while memory lasts.
+    Where the scores do not fit: the graph of the network, linearised, if that fits; else everything is streamed.
     """
+    n_data, n_columns, dtype = sizes.n_data, sizes.n_columns, sizes.dtype
     chosen: dict[str, tuple[_Candidate, str]] = {}
     upgrades: list[tuple[float, str, _Candidate]] = []
     facts = {layer.name: _facts(layer, uses.get(layer.name), n_data, n_columns, dtype) for layer in layers}
@@ -169,47 +183,30 @@ def make_plan(
             used += extra
         else:
             chosen[name] = (chosen[name][0], f"explicit rows ({readable_bytes(rows.nbytes)}) would not fit")
-    streamed = used > budget
-    if streamed and used / n_data > budget:
-        largest = max(chosen, key=lambda name: chosen[name][0].nbytes)
-        raise MemoryBudgetError(
-            f"The scores of a single example x {n_columns} columns need {readable_bytes(used / n_data)}, over the budget of {readable_bytes(budget)}; the "
-            f"largest layer is {largest!r}. kind='mc' needs one column per draw instead of {n_columns}; or raise memory=."
-        )
-    return Plan(
-        [
-            _entry(
-                layer,
-                *chosen[layer.name],
-                positions=facts[layer.name][1],
-                gradient=facts[layer.name][2],
-                streamed=streamed,
+    fallback = ""
+    if used > budget:
+        if used / n_data > budget:
+            largest = max(chosen, key=lambda name: chosen[name][0].nbytes)
+            raise MemoryBudgetError(
+                f"The scores of a single example x {n_columns} columns need {readable_bytes(used / n_data)}, over the budget of {readable_bytes(budget)}; the "
+                f"largest layer is {largest!r}. kind='mc' needs one column per draw instead of {n_columns}; or raise memory=."
             )
-            for layer in layers
-        ],
-        n_data,
-        n_columns,
-        budget,
-    )
-
-
-def _entry(
-    layer: LayerInfo, candidate: _Candidate, reason: str, *, positions: int, gradient: float, streamed: bool
-) -> LayerPlan:
-    """A layer's line in the plan. Streamed, nothing is kept and a product is a linearised forward and a backward pass."""
-    explicit = candidate.storage in ("rows", "none", "per example")
-    path = "streamed" if streamed else "explicit" if explicit else "factors"
-    return LayerPlan(
-        layer.name,
-        layer.type_name,
-        path,
-        candidate.storage,
-        "scores do not fit the budget" if streamed else reason,
-        positions,
-        0 if streamed else candidate.nbytes,
-        gradient * 5 / 3 if streamed else candidate.flops,
-        gradient,
-    )
+        fallback = "linearised" if _GRAPHS * sizes.graph_bytes * n_data <= budget else "streamed"
+    total = max(sum(gradient for _, _, gradient in facts.values()), 1.0)
+    entries = []
+    for layer in layers:
+        (candidate, reason), (_, positions, gradient) = chosen[layer.name], facts[layer.name]
+        path = "explicit" if candidate.storage in ("rows", "none", "per example") else "factors"
+        held, flops = candidate.nbytes, candidate.flops
+        if fallback:
+            # the graph has no layers; its bytes are shared out by the layers' work
+            held = int(_GRAPHS * sizes.graph_bytes * n_data * gradient / total) if fallback == "linearised" else 0
+            flops = gradient * (4 / 3 if fallback == "linearised" else 5 / 3)
+            path, reason = fallback, f"its scores ({readable_bytes(candidate.nbytes)}) do not fit with the others"
+        entries.append(
+            LayerPlan(layer.name, layer.type_name, path, candidate.storage, reason, positions, held, flops, gradient)
+        )
+    return Plan(entries, n_data, n_columns, budget)
 
 
 def _facts(

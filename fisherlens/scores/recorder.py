@@ -22,7 +22,7 @@ from fisherlens.linalg.memory import Workspace
 from fisherlens.scores.conv import ConvGeometry, conv_rows
 from fisherlens.scores.embedding import embedding_rows
 from fisherlens.scores.norm import norm_rows
-from fisherlens.scores.source import Batch, call, describe
+from fisherlens.scores.source import Batch, call, describe, tensors_of
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 _PASS_THROUGH = ("Relu", "Clone", "Alias", "Dropout", "Tanh", "Sigmoid", "Gelu", "Elu", "Silu", "Softplus", "ToCopy")
@@ -122,6 +122,27 @@ class Recorder:
             )
         return outputs.float() if outputs.dtype in LOW_PRECISION else outputs
 
+    def graph_bytes(self, batch: Batch) -> int:
+        """Bytes per example that the graph of a forward pass holds, beside parameters and inputs."""
+        leaves = self.leaves()
+        known = {x.untyped_storage().data_ptr() for x in (*leaves.values(), *tensors_of(batch.inputs))}
+        held: dict[int, int] = {}
+
+        def note(x: Tensor) -> Tensor:
+            if x.untyped_storage().data_ptr() not in known:
+                held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            outputs = self.outputs_with_graph(batch, leaves)
+            del outputs
+        return sum(held.values()) // batch.size
+
+    def outputs_with_graph(self, batch: Batch, leaves: Mapping[str, Tensor]) -> Tensor:
+        """Outputs as a function of the leaves, whatever gradient mode surrounds the call."""
+        with torch.inference_mode(False), torch.enable_grad():
+            return self.outputs(batch, leaves)
+
     def release(self, names: Iterable[str]) -> None:
         """Stop recording these layers: their inputs and outputs do not explain their parameters."""
         for name in names:
@@ -189,11 +210,14 @@ def backward(
     }
 
 
-def leaf_gradients(outputs: Tensor, leaves: Mapping[str, Tensor], signal: Tensor) -> dict[str, Tensor]:
-    """Gradient of ⟨signal, outputs⟩ by every leaf, zero where there is none, and never sparse; the graph is used up."""
+def leaf_gradients(
+    outputs: Tensor, leaves: Mapping[str, Tensor], signal: Tensor, *, keep: bool = False
+) -> dict[str, Tensor]:
+    """Gradient of ⟨signal, outputs⟩ by every leaf, zero where there is none, and never sparse; uses the graph up unless ``keep``."""
     if not outputs.requires_grad:
         return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    grads = torch.autograd.grad(outputs, list(leaves.values()), signal, allow_unused=True, materialize_grads=True)
+    options = {"retain_graph": keep, "allow_unused": True, "materialize_grads": True}
+    grads = torch.autograd.grad(outputs, list(leaves.values()), signal, **options)
     return {name: g.to_dense() if g.is_sparse else g for name, g in zip(leaves, grads, strict=True)}
 
 

@@ -153,7 +153,8 @@ def _split_item(item: Any, k: int) -> tuple[Any, Any]:
     )
 
 
-def _leaves(inputs: Any) -> list[Tensor]:
+def tensors_of(inputs: Any) -> list[Tensor]:
+    """The tensors among the inputs of a batch."""
     values = (
         inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else [inputs]
     )
@@ -165,7 +166,7 @@ def _leaves(inputs: Any) -> list[Tensor]:
 
 def describe(inputs: Any) -> str:
     """Shapes and dtypes of the inputs, for errors."""
-    return ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in _leaves(inputs))
+    return ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in tensors_of(inputs))
 
 
 def _map(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -180,7 +181,7 @@ def _map(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _batch(inputs: Any, targets: Any, where: str) -> Batch:
-    first = _leaves(inputs)[0]
+    first = tensors_of(inputs)[0]
     if first.ndim == 0:
         raise InputError(f"The inputs of {where} are a scalar; the first axis must count examples.")
     size = first.shape[0]
@@ -198,7 +199,7 @@ def _batch(inputs: Any, targets: Any, where: str) -> Batch:
 def _checksum(batch: Batch) -> tuple[float, ...]:
     """Sums that change with any entry or its place, in float64."""
     sums: list[float] = [batch.size]
-    for x in [*_leaves(batch.inputs), *([] if batch.targets is None else [batch.targets])]:
+    for x in [*tensors_of(batch.inputs), *([] if batch.targets is None else [batch.targets])]:
         flat = x.detach().reshape(-1).double()
         weight = torch.linspace(0.5, 1.5, len(flat), dtype=torch.float64, device=flat.device)
         sums += [flat.sum().item(), (flat @ weight).item()]
@@ -206,7 +207,7 @@ def _checksum(batch: Batch) -> tuple[float, ...]:
 
 
 def _require_finite_inputs(batch: Batch) -> None:
-    named = batch.inputs.items() if isinstance(batch.inputs, Mapping) else enumerate(_leaves(batch.inputs))
+    named = batch.inputs.items() if isinstance(batch.inputs, Mapping) else enumerate(tensors_of(batch.inputs))
     for key, x in named:
         if isinstance(x, Tensor) and x.is_floating_point() and not torch.isfinite(x).all():
             bad = (~torch.isfinite(x)).reshape(x.shape[0], -1).any(1).nonzero()[0].item()

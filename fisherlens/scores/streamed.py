@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fisherlens.errors import MemoryBudgetError, NonFiniteError
 from fisherlens.layout import LayerInfo
 from fisherlens.scores.base import LayerScores
+from fisherlens.scores.linearised import Graph, forward_derivative
 from fisherlens.scores.matrix import ScoreMatrix
-from fisherlens.scores.recorder import leaf_gradients, preserved_randomness
+from fisherlens.scores.recorder import preserved_randomness
 from fisherlens.scores.source import Source
 
 if TYPE_CHECKING:
@@ -110,6 +110,12 @@ class StreamedMatrix(ScoreMatrix):
         collector.recorder.freeze()
         source.remember()
         super().__init__([StreamedLayer(layer, self) for layer in collector.layout.layers], kept)
+        self._graphs: dict[int, Graph] = {}
+        if collector.plan.linearised:
+            for piece in self.pieces():
+                leaves = collector.recorder.leaves()
+                outputs = collector.recorder.outputs_with_graph(piece.batch, leaves)
+                self._graphs[piece.at.start] = Graph(outputs, leaves, keep=True)
 
     def restrict(self, names: Sequence[str]) -> ScoreMatrix:
         # layer by layer: the fused product below is of the whole network
@@ -132,9 +138,7 @@ class StreamedMatrix(ScoreMatrix):
             return torch.cat([scores.matmat(v) for _, scores in self.parts()])
         rows = []
         for piece in self.pieces():
-            rows.append(
-                torch.stack([self._forward_mode(piece, v[:, k])[0] for k in range(v.shape[1])], dim=-1).flatten(0, 1)
-            )
+            rows.append(torch.stack([self._image(piece, v[:, k])[0] for k in range(v.shape[1])], dim=-1).flatten(0, 1))
         return torch.cat(rows)
 
     def rmatmat(self, z: Tensor) -> Tensor:
@@ -167,50 +171,30 @@ class StreamedMatrix(ScoreMatrix):
     def contract(self, coefficients: Tensor) -> ScoreMatrix:
         return ScoreMatrix([layer.contract(coefficients) for layer in self.layers])
 
-    def _forward_mode(self, piece: Piece, v: Tensor) -> tuple[Tensor, list[Tensor], Tensor, dict[str, Tensor]]:
+    def _image(self, piece: Piece, v: Tensor) -> tuple[Tensor, list[Tensor], Graph]:
         """Row-space image ``(n, r)`` of one vector, the score columns, and the graph of the outputs."""
         recorder = self.collector.recorder
-        leaves = recorder.leaves()
-        tangents = {name: t.to(leaves[name].dtype) for name, t in self.collector.layout.unflatten(v).items()}
-        outputs, change = _jvp(lambda values: recorder.outputs(piece.batch, values), leaves, tangents)
-        bound = self.collector.bind(outputs, piece.batch)
+        if piece.at.start in self._graphs:
+            graph = self._graphs[piece.at.start]
+            change = graph.derivative(self._tangents(v, graph.leaves))
+        else:
+            leaves = recorder.leaves()
+            graph, change = forward_derivative(
+                lambda values: recorder.outputs(piece.batch, values), leaves, self._tangents(v, leaves)
+            )
+        bound = self.collector.bind(graph.outputs, piece.batch)
         columns = list(self.collector.signals(bound, piece.uniforms))
         z = torch.stack([(column * change).flatten(1).sum(1) for column in columns], dim=1)
         if not torch.isfinite(z).all():
             raise NonFiniteError(
                 f"The product on {piece.batch.where} holds NaN or infinity: a derivative overflowed. Use a float64 model."
             )
-        return z, columns, outputs, leaves
+        return z, columns, graph
+
+    def _tangents(self, v: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: t.to(leaves[name].dtype) for name, t in self.collector.layout.unflatten(v).items()}
 
     def _linearised(self, piece: Piece, v: Tensor) -> Tensor:
-        z, columns, outputs, leaves = self._forward_mode(piece, v)
-        signal = sum(column * z[:, r].view(-1, *[1] * (outputs.ndim - 1)) for r, column in enumerate(columns))
-        grads = leaf_gradients(outputs, leaves, signal)
-        return torch.cat([g.reshape(-1) for g in grads.values()]).double()
-
-
-def _jvp(
-    function: Callable[[dict[str, Tensor]], Tensor], leaves: dict[str, Tensor], tangents: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Outputs with their graph, and their directional derivative, by forward mode or, where it does not exist, reverse over reverse."""
-    with torch.inference_mode(False), torch.enable_grad():
-        try:
-            with forward_ad.dual_level():
-                dual = {name: forward_ad.make_dual(leaf, tangents[name]) for name, leaf in leaves.items()}
-                outputs, change = forward_ad.unpack_dual(function(dual))
-            return outputs, torch.zeros_like(outputs) if change is None else change.detach()
-        except (NotImplementedError, RuntimeError):
-            outputs = function(leaves)
-            if not outputs.requires_grad:
-                return outputs, torch.zeros_like(outputs)
-            dummy = torch.zeros_like(outputs, requires_grad=True)
-            grads = torch.autograd.grad(outputs, list(leaves.values()), dummy, create_graph=True, allow_unused=True)
-            used = [
-                (g, tangents[name]) for name, g in zip(leaves, grads, strict=True) if g is not None and g.requires_grad
-            ]
-            change = (
-                torch.autograd.grad([g for g, _ in used], dummy, [t for _, t in used])
-                if used
-                else (torch.zeros_like(outputs),)
-            )
-            return outputs, change[0].detach()
+        z, columns, graph = self._image(piece, v)
+        signal = sum(column * z[:, r].view(-1, *[1] * (column.ndim - 1)) for r, column in enumerate(columns))
+        return graph.pull_back(signal)
