@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 
 from fisherlens.errors import FisherLensError, InputError, NonFiniteError
@@ -139,8 +140,9 @@ class Recorder:
         return sum(held.values()) // batch.size
 
     def outputs_with_graph(self, batch: Batch, leaves: Mapping[str, Tensor]) -> Tensor:
-        """Outputs as a function of the leaves, whatever gradient mode surrounds the call."""
-        with torch.inference_mode(False), torch.enable_grad():
+        """Outputs as a twice differentiable function of the leaves, whatever gradient mode surrounds the call."""
+        # fused attention kernels have neither a forward-mode rule nor a second derivative; the plain one has both
+        with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             return self.outputs(batch, leaves)
 
     def release(self, names: Iterable[str]) -> None:

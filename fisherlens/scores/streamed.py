@@ -180,7 +180,7 @@ class StreamedMatrix(ScoreMatrix):
         else:
             leaves = recorder.leaves()
             graph, change = forward_derivative(
-                lambda values: recorder.outputs(piece.batch, values), leaves, self._tangents(v, leaves)
+                lambda values: recorder.outputs_with_graph(piece.batch, values), leaves, self._tangents(v, leaves)
             )
         bound = self.collector.bind(graph.outputs, piece.batch)
         columns = list(self.collector.signals(bound, piece.uniforms))
