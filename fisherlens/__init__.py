@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from fisherlens import errors
+from fisherlens import errors, optim
 from fisherlens._version import __version__
 from fisherlens.approximations import BlockDiagonal
 from fisherlens.coupling import coupling
@@ -60,6 +60,7 @@ __all__ = [  # noqa: RUF022 - grouped by topic
     # parameter space
     "information",
     # training
+    "optim",
     "problem",
     "problems",
     "Problem",
