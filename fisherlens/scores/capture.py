@@ -66,24 +66,14 @@ def capture(
     progress: bool | None = None,
 ) -> Capture:
     """Pass over the data once and keep every layer's scores; see :class:`fisherlens.Fisher` for the arguments."""
-    if isinstance(params, Mapping):
-        if isinstance(model, nn.Module):
-            raise InputError(
-                "params is a dict of tensors, which goes with a function f(params, inputs); for a module give names or patterns."
-            )
-        model, params = FunctionModel(model, params), None
-    elif not isinstance(model, nn.Module) and callable(model) and not isinstance(model, type):
-        raise InputError(
-            f"model is a plain function ({getattr(model, '__name__', type(model).__name__)}); pass its parameters too: fl.Fisher(f, data, params={{'w': ...}}, …) "
-            "with f(params, inputs)."
-        )
+    model, params = as_module(model, params)
     layout = Layout.from_model(model, params)
     check_model(model, layout)
     first = dict(model.named_parameters())[layout.names[0]]
     like = torch.empty(0, dtype=torch.float32 if first.dtype in LOW_PRECISION else first.dtype, device=first.device)
     with preserved_randomness(like.device):
         source = Source(data, like.device)
-        sample = _sample(source)
+        sample = first_examples(source)
         without_rule: set[str] = set()
         while True:
             recorder = Recorder(model, layout)
@@ -100,7 +90,23 @@ def capture(
                 without_rule.update(found.layers)
 
 
-def _sample(source: Source) -> Batch:
+def as_module(model: nn.Module | Callable[[dict[str, Tensor], Any], Tensor], params: Any) -> tuple[nn.Module, Any]:
+    """A plain function ``f(params, inputs)`` and its dict of tensors as a module; a module and its selection as they are."""
+    if isinstance(params, Mapping):
+        if isinstance(model, nn.Module):
+            raise InputError(
+                "params is a dict of tensors, which goes with a function f(params, inputs); for a module give names or patterns."
+            )
+        return FunctionModel(model, params), None
+    if not isinstance(model, nn.Module) and callable(model) and not isinstance(model, type):
+        raise InputError(
+            f"model is a plain function ({getattr(model, '__name__', type(model).__name__)}); pass its parameters too: fl.Fisher(f, data, params={{'w': ...}}, …) "
+            "with f(params, inputs)."
+        )
+    return model, params
+
+
+def first_examples(source: Source) -> Batch:
     """The first few examples of the first batch that has more than one: with one alone, no mix-up of examples shows."""
     several = [size > 1 for size in source.sizes if size]
     skip = several.index(True) if any(several) else 0
@@ -123,8 +129,7 @@ def _first_pass(collector: Collector, source: Source, seed: int, budget: int, pr
                 gradient = None
             if gradient is not None:
                 gradient += _summed_gradient(outputs, leaves, bound)
-                if collector.kind != "mc":
-                    coefficients.append(collector.gradient_coefficients(bound))
+                coefficients.append(collector.gradient_coefficients(bound))
             bounds.append(bound)
             weights.append(bound.weight)
             kept.append(collector.kept_rows(bound))
@@ -135,6 +140,7 @@ def _first_pass(collector: Collector, source: Source, seed: int, budget: int, pr
         raise InputError(
             "Every term has weight 0 (all labels are ignored, or their class weights are 0), so F is not defined. Check ignore_index and weight."
         )
+    in_row_space = gradient is not None and all(d is not None for d in coefficients)
     mask = torch.cat(kept).reshape(-1)
     mask = None if mask.all() else mask
     if writers is None:
@@ -150,7 +156,7 @@ def _first_pass(collector: Collector, source: Source, seed: int, budget: int, pr
         int((weight > 0).sum().item()),
         collector.rank_per_term,
         None if gradient is None else (gradient / total).to(like.dtype),
-        torch.cat(coefficients).reshape(-1) if gradient is not None and coefficients else None,
+        torch.cat(coefficients).reshape(-1) if in_row_space else None,
         bounds,
         torch.cat([leaf.detach().reshape(-1).to(like.dtype) for leaf in collector.recorder.leaves().values()]).clone(),
     )

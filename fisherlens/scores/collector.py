@@ -86,15 +86,31 @@ class Collector:
         self.step = self._piece_size(budget)
 
     def _piece_size(self, budget: int) -> int:
-        """Examples per piece such that the graph and the score buffers stay under 192 MiB and an eighth of the budget."""
-        per_example = 0
-        for layer_uses in self.uses.values():
+        """Examples per piece such that the graph and the score buffers stay under 192 MiB and an eighth of the budget.
+
+        Also tells the plan what the largest piece adds to the scores that are kept.
+        """
+        per_example = max(1, self.graph_bytes + self._buffer_bytes())
+        step = max(1, min(4096, min(budget // 8, _TRANSIENT) // per_example))
+        gradients = (8 + self.like.dtype.itemsize) * self.layout.n_params  # the mean gradient is summed in float64
+        self.plan.transient_nbytes = min(step, self.plan.n_data) * per_example + gradients
+        return step
+
+    def _buffer_bytes(self) -> int:
+        """Bytes per example beside the graph: scores on their way to rows, unfolded patches, one gradient of each size."""
+        size, n = self.like.dtype.itemsize, self._sample_size
+        buffers, patches, largest = 0, 0, 0
+        for name, layer_uses in self.uses.items():
             for use in layer_uses:
+                outputs, inputs = use.output_shape.numel() // n, use.inputs.numel() // n
+                largest = max(largest, outputs, inputs)
                 kernel = math.prod(getattr(use.module, "kernel_size", (1,)))
-                outputs = use.output_shape.numel() // self._sample_size
-                per_example += use.inputs.numel() // self._sample_size * kernel + (self.r + 4) * outputs
-        limit = min(budget // 8, _TRANSIENT) // max(1, per_example * self.like.dtype.itemsize)
-        return max(1, min(4096, limit))
+                if self.plan[name].storage == "rows":
+                    buffers += self.r * outputs
+                    if kernel > 1:
+                        positions = math.prod(use.output_shape[2:])
+                        patches += inputs + use.inputs.shape[1] * kernel * positions
+        return size * (buffers + patches + 3 * largest)
 
     def pieces(self, source: Source, seed: int) -> Iterator[Piece]:
         """The data in pieces; the labels' uniform numbers are the same in every pass and for every split into batches."""
@@ -190,11 +206,11 @@ class Collector:
             return (bound.weight > 0).any(1, keepdim=True).expand(-1, self.mc_samples)
         return bound.weight > 0
 
-    def gradient_coefficients(self, bound: BoundLikelihood) -> Tensor:
-        """Coefficients d, ``(n, r)``, with Uᵀd the gradient of the summed loss; exact and empirical kinds."""
+    def gradient_coefficients(self, bound: BoundLikelihood) -> Tensor | None:
+        """Coefficients d, ``(n, r)``, with Uᵀd the gradient of the summed loss; None where it is not in the row space."""
         if self.kind == "exact":
             return bound.gradient_coefficients()
-        return bound.weight.sqrt().to(bound.outputs.dtype)
+        return bound.observed_coefficients() if self.kind == "empirical" else None
 
 
 def require_finite_scores(scores: ScoreMatrix, where: str = "") -> None:

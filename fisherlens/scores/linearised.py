@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -48,10 +50,19 @@ class Graph:
         return torch.cat([g.reshape(-1) for g in grads.values()]).double()
 
 
+@cache
+def _load_forward_mode() -> None:
+    """Let torch load its forward-mode rules, in which it uses functions that it deprecates itself, without the warning."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+
+
 def forward_derivative(
     function: Callable[[dict[str, Tensor]], Tensor], leaves: dict[str, Tensor], tangents: dict[str, Tensor]
 ) -> tuple[Graph, Tensor]:
     """Outputs with their graph, and J v from the same pass by forward mode; reverse over reverse where that does not exist."""
+    _load_forward_mode()
     with torch.inference_mode(False), torch.enable_grad():
         try:
             with forward_ad.dual_level():

@@ -58,6 +58,7 @@ class Plan:
     def __init__(self, layers: Sequence[LayerPlan], n_data: int, n_columns: int, budget: int):
         self.layers = tuple(layers)
         self.n_data, self.n_columns, self.budget = n_data, n_columns, budget
+        self.transient_nbytes = 0
 
     def __getitem__(self, layer: str) -> LayerPlan:
         return next(entry for entry in self.layers if entry.layer == layer)
@@ -72,6 +73,11 @@ class Plan:
     def nbytes(self) -> int:
         """Bytes that all layers hold together."""
         return sum(entry.nbytes for entry in self.layers)
+
+    @property
+    def peak_nbytes(self) -> int:
+        """Predicted peak of memory while capturing: what is kept and the largest piece on its way."""
+        return self.nbytes + self.transient_nbytes
 
     @property
     def streamed(self) -> bool:
