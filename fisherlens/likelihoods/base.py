@@ -110,6 +110,13 @@ class BoundLikelihood(ABC):
             found.append(c[..., 0].where(met, torch.nan))
         return torch.cat(found).to(scores.dtype)
 
+    def observed_coefficients(self) -> Tensor | None:
+        """The same for the scores at the observed labels: (N, terms) with Σ_t d_t ``observed_score(t)`` = ``loss_gradient()``.
+
+        None where the elements of a score have weights of their own, as the gradient then is no combination of such scores.
+        """
+        return self.weight.sqrt().to(self.outputs.dtype)
+
     @property
     def num_terms(self) -> int:
         return self.weight.shape[1]

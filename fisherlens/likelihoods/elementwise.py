@@ -93,6 +93,9 @@ class BoundElementwise(BoundLikelihood):
     def gradient_coefficients(self) -> Tensor:
         return self._scaled(self.coefficients(self._observed()))
 
+    def observed_coefficients(self) -> Tensor | None:
+        return super().observed_coefficients() if self._scale is None else None
+
     def loss_gradient(self) -> Tensor:
         return self._scaled(self._scaled(self.score(self._observed()))).reshape(self._shape)
 
