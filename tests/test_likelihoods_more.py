@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import fisherlens as fl
 from fisherlens import reference
 from fisherlens.likelihoods import as_likelihood
+from fisherlens.training.loss import mean_loss
 
 DTYPE = torch.float64
 HOWTO = Path(__file__).parents[1] / "docs" / "howto" / "own_likelihood.md"
@@ -81,6 +82,141 @@ def assert_unbiased(
     sem = found.std(0) / math.sqrt(draws)
     assert (sem > 0).all()
     assert ((found.mean(0) - (v * (truth @ v)).sum(0)).abs() < 5 * sem).all()
+
+
+# --- variance per example --------------------------------------------------------------------------------------------
+
+
+def spread(*shape: int, seed: int = 7) -> Tensor:
+    """Variances between 0.1 and 3."""
+    return 0.1 + 2.9 * torch.rand(shape, generator=generator(seed), dtype=DTYPE)
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (1,), (9, 1), (9, 2), (1, 2)])
+def test_gaussian_variance_by_its_number_of_axes(shape):
+    """A scalar, one per output, one per example, one each; (1, 2) counts a data set of one example."""
+    model, x, y = mlp(), randn(9, 3), randn(9, 2, seed=2)
+    if shape == (1, 2):
+        x, y = x[:1], y[:1]
+    likelihood = fl.Gaussian(spread(*shape))
+    for kind in ("exact", "empirical"):
+        truth = reference.fisher(model, (x, y), likelihood, kind)
+        for data in ((x, y), splits(x, y) if len(x) > 1 else [(x, y)]):
+            F = fl.Fisher(model, data, likelihood=likelihood, kind=kind)
+            assert error(F.dense(), truth) < 1e-12
+            assert error(F.gradient(), reference.gradient(model, (x, y), likelihood)) < 1e-12
+
+
+def test_gaussian_variance_per_example_follows_the_data_order():
+    model, x, y = mlp(), randn(9, 3), randn(9, 2, seed=2)
+    variance = spread(9, 1)
+    F = fl.Fisher(model, (x, y), likelihood=fl.Gaussian(variance))
+    order = torch.randperm(9, generator=generator())
+    moved = fl.Fisher(model, (x[order], y[order]), likelihood=fl.Gaussian(variance[order]))
+    assert error(moved.dense(), F.dense()) < 1e-12
+    wrong = fl.Fisher(model, (x[order], y[order]), likelihood=fl.Gaussian(variance))
+    assert error(wrong.dense(), F.dense()) > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # of forward mode in torch
+@pytest.mark.parametrize(
+    ("path", "outputs", "hidden", "memory"), [("linearised", 40, 4, 20_000), ("streamed", 2, 64, 4_000)]
+)
+def test_gaussian_variance_per_example_where_no_scores_are_kept(path, outputs, hidden, memory):
+    model, x, y = mlp(outputs, hidden), randn(30, 3), randn(30, outputs, seed=2)
+    likelihood = fl.Gaussian(spread(30, 1))
+    truth = reference.fisher(model, (x, y), likelihood)
+    F = fl.Fisher(model, splits(x, y), likelihood=likelihood, memory=memory)
+    assert {entry.path for entry in F.plan} == {path}
+    v = randn(F.n_params, 4, seed=3)
+    for k in (1, 4):
+        assert error(F @ v[:, :k], truth @ v[:, :k]) < 1e-12
+    assert error(F.diagonal(), truth.diagonal()) < 1e-12
+
+
+def test_gaussian_variance_per_example_in_pieces(monkeypatch):
+    monkeypatch.setattr("fisherlens.scores.collector._TRANSIENT", 2_000)  # a few examples at a time
+    model, x, y = mlp(), randn(30, 3), randn(30, 2, seed=2)
+    likelihood = fl.Gaussian(spread(30, 1))
+    assert (
+        error(fl.Fisher(model, (x, y), likelihood=likelihood).dense(), reference.fisher(model, (x, y), likelihood))
+        < 1e-12
+    )
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 1, 1), (5, 2, 3, 3), (5, 1, 3, 1), (2, 1, 1), (3,), (3, 3)])
+def test_gaussian_variance_of_maps(shape):
+    model, x = image(2), randn(5, 2, 4, 4)
+    y = randn(5, 2, 3, 3, seed=4)
+    likelihood = fl.Gaussian(spread(*shape))
+    assert (
+        error(
+            fl.Fisher(model, splits(x, y), likelihood=likelihood).dense(), reference.fisher(model, (x, y), likelihood)
+        )
+        < 1e-12
+    )
+
+
+def test_gaussian_variance_of_one_number_per_example():
+    """Outputs (N,): a variance of shape (N,) has as many axes."""
+    model, x, y = network(nn.Linear(3, 1), nn.Flatten(0)), randn(9, 3), randn(9)
+    likelihood = fl.Gaussian(spread(9))
+    assert (
+        error(
+            fl.Fisher(model, splits(x, y), likelihood=likelihood).dense(), reference.fisher(model, (x, y), likelihood)
+        )
+        < 1e-12
+    )
+
+
+def test_gaussian_variance_per_example_sampled_is_unbiased():
+    model, x, y = mlp(), randn(9, 3), randn(9, 2, seed=2)
+    likelihood = fl.Gaussian(spread(9, 2))
+    assert_unbiased(model, splits(x, y), likelihood, reference.fisher(model, (x, y), likelihood))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((8, 1), r"variance of shape \(8, 1\) gives 8 examples a variance, but the data hold 9"),
+        (
+            (10, 1),
+            r"variance of shape \(10, 1\) gives 10 examples a variance, but the data hold 9\. .* leave it out: \(2,\)",
+        ),
+        (
+            (1, 2),
+            r"variance of shape \(1, 2\) gives 1 examples a variance, but the data hold 9\. .* leave it out: \(2,\)",
+        ),
+        (
+            (9,),
+            r"broadcast against one example's outputs of shape \(2,\), .* got shape \(9,\) .* per example give variance of shape \(N, 1\)",
+        ),
+        ((9, 3), r"or have a first axis for the examples, \(N, …\) with 2 axes; got shape \(9, 3\)"),
+        ((9, 1, 1), r"got shape \(9, 1, 1\)"),
+    ],
+)
+def test_gaussian_variance_that_does_not_fit_is_named(shape, message, unchanged):
+    model, x, y = mlp(), randn(9, 3), randn(9, 2, seed=2)
+    for data in ((x, y), splits(x, y)):
+        with unchanged(model), pytest.raises(fl.InputError, match=message):
+            fl.Fisher(model, data, likelihood=fl.Gaussian(torch.ones(shape)))
+
+
+def test_gaussian_variance_per_example_needs_to_know_the_examples():
+    likelihood, outputs, y = fl.Gaussian(spread(4, 1)), randn(4, 2), randn(4, 2, seed=1)
+    message = r"A variance per example, of shape \(4, 1\), belongs to one data set in its order"
+    with pytest.raises(fl.InputError, match=message):
+        likelihood.bind(outputs, y)
+    with pytest.raises(fl.InputError, match=message):
+        mean_loss(likelihood, outputs, y)
+    bound = likelihood.bind(outputs[1:3], y[1:3], at=slice(1, 3))
+    assert error(bound.observed_score(), (outputs - y)[1:3] / likelihood.variance[1:3]) < 1e-12
+    with pytest.raises(fl.InputError, match=r"but the data holds 3 outputs for examples 1\.\.2"):
+        likelihood.bind(outputs[:3], y[:3], at=slice(1, 3))
+    with pytest.raises(fl.InputError, match=r"variance must be finite and > 0; got -1\.0 at \(1, 0\)"):
+        fl.Gaussian([[1.0], [-1.0]])
+    with pytest.raises(fl.InputError, match=r"variance must be finite and > 0; got 0\.0\. It is a variance"):
+        fl.Gaussian(0)
 
 
 # --- predicted variance ----------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def capture(
         while True:
             recorder = Recorder(model, layout)
             recorder.release(without_rule)
-            collector = Collector(recorder, likelihood, kind, mc_samples, sample, like)
+            collector = Collector(recorder, likelihood, kind, mc_samples, sample, like, source.n_data)
             sizes = Sizes(source.n_data, collector.r, like.dtype, collector.graph_bytes)
             plan = make_plan(collector.layout.layers, collector.uses, sizes, budget)
             collector.prepare(plan, budget)
@@ -122,7 +122,7 @@ def _first_pass(collector: Collector, source: Source, seed: int, budget: int, pr
     with progress_bar(n, desc="Fisher scores", enabled=progress) as bar:
         for piece in collector.pieces(source, seed):
             outputs, uses, leaves = collector.forward(piece.batch)
-            bound = collector.bind(outputs, piece.batch)
+            bound = collector.bind(outputs, piece.batch, piece.at)
             if writers is not None:
                 collector.collect(piece, bound, outputs, uses, writers, piece.at)
             if piece.batch.targets is None:

@@ -45,10 +45,19 @@ class Collector:
         A few examples, from which shapes are read; the model is checked on them.
     like
         A tensor with the dtype and device of the scores.
+    n_data
+        Examples of the whole data set.
     """
 
     def __init__(
-        self, recorder: Recorder, likelihood: Likelihood, kind: str, mc_samples: int, sample: Batch, like: Tensor
+        self,
+        recorder: Recorder,
+        likelihood: Likelihood,
+        kind: str,
+        mc_samples: int,
+        sample: Batch,
+        like: Tensor,
+        n_data: int,
     ):
         self.recorder, self.likelihood, self.kind, self.mc_samples, self.like = (
             recorder,
@@ -58,7 +67,10 @@ class Collector:
             like,
         )
         outputs = probe(recorder, sample)
-        bound = self.bind(outputs, sample)
+        likelihood.check_data(outputs.shape[1:], n_data)
+        bound = self.bind(
+            outputs, sample, slice(0, sample.size)
+        )  # for its shapes; which examples they are does not matter
         recorder.release(unexplained(recorder, sample))
         self.uses = recorder.forward(sample)[1]
         self.r = {"exact": bound.num_columns, "mc": mc_samples, "empirical": bound.num_terms}[kind]
@@ -69,13 +81,13 @@ class Collector:
         maps = {name: flattened_map(u[0]) for name, u in self.uses.items() if u and layout.layer(name).kind == "dense"}
         recorder.layout = self.layout = layout.with_input_maps({name: found for name, found in maps.items() if found})
 
-    def bind(self, outputs: Tensor, batch: Batch) -> BoundLikelihood:
-        """The likelihood at the outputs of a batch."""
+    def bind(self, outputs: Tensor, batch: Batch, at: slice) -> BoundLikelihood:
+        """The likelihood at the outputs of a batch, which holds examples ``at`` of the data."""
         if batch.targets is None and (self.kind == "empirical" or self.likelihood.needs_targets):
             reasons = {"empirical": "the empirical kind takes scores at observed labels"}
             why = reasons.get(self.kind, "class weights and ignored labels follow the observed label")
             raise InputError(f"targets are None, but {why}. Give data as (inputs, targets), or use kind='exact'.")
-        return self.likelihood.bind(outputs, batch.targets, batch.where)
+        return self.likelihood.bind(outputs, batch.targets, batch.where, at)
 
     def prepare(self, plan: Plan, budget: int) -> None:
         """Take the plan; from now on pieces can be collected."""
@@ -179,7 +191,8 @@ class Collector:
         """The score matrix of one piece alone."""
         outputs, uses, _ = self.forward(piece.batch)
         writers = self.writers(piece.batch.size)
-        self.collect(piece, self.bind(outputs, piece.batch), outputs, uses, writers, slice(0, piece.batch.size))
+        bound = self.bind(outputs, piece.batch, piece.at)
+        self.collect(piece, bound, outputs, uses, writers, slice(0, piece.batch.size))
         scores = ScoreMatrix([writer.scores() for writer in writers.values()])
         require_finite_scores(scores, f" of {piece.batch.where}")
         return scores

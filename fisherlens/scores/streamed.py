@@ -182,7 +182,7 @@ class StreamedMatrix(ScoreMatrix):
             graph, change = forward_derivative(
                 lambda values: recorder.outputs_with_graph(piece.batch, values), leaves, self._tangents(v, leaves)
             )
-        bound = self.collector.bind(graph.outputs, piece.batch)
+        bound = self.collector.bind(graph.outputs, piece.batch, piece.at)
         columns = list(self.collector.signals(bound, piece.uniforms))
         z = torch.stack([(column * change).flatten(1).sum(1) for column in columns], dim=1)
         if not torch.isfinite(z).all():

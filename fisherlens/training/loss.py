@@ -30,7 +30,7 @@ def summed_loss(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> tup
         total = functional.binary_cross_entropy_with_logits(outputs, targets, pos_weight=pos_weight, reduction="sum")
         return total, len(outputs)
     if isinstance(likelihood, Gaussian):
-        variance = likelihood.variance.to(outputs.device, outputs.dtype)
+        variance = likelihood.variance_at(outputs, "this batch").to(outputs.device, outputs.dtype)
         terms = (outputs - targets).square() / variance + (2 * math.pi * variance).log()
         return terms.sum() / 2, len(outputs)
     raise TypeError(
