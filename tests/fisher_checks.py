@@ -29,7 +29,7 @@ def error(found: Tensor, truth: Tensor) -> float:
     return (gap / norm if norm > 0 else gap).item()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """One network with data, its reference matrix of one kind, and the truth about its gradient."""
 

@@ -126,7 +126,9 @@ def test_weight_two_equals_the_example_given_twice(kind):
     assert error(one.dense(), two.dense()) < 1e-12
     assert error(one.gradient(), two.gradient()) < 1e-12
     # linear in the weights
-    parts = [fl.Fisher(model, (x, y), likelihood=fl.Categorical(weight=w), kind=kind) for w in ([1.0, 0, 2], [0, 3.0, 1])]
+    parts = [
+        fl.Fisher(model, (x, y), likelihood=fl.Categorical(weight=w), kind=kind) for w in ([1.0, 0, 2], [0, 3.0, 1])
+    ]
     whole = fl.Fisher(model, (x, y), likelihood=fl.Categorical(weight=[1.0, 3.0, 3.0]), kind=kind)
     total = sum(F.dense() * F.total_weight for F in parts)
     assert error(whole.dense() * whole.total_weight, total) < 1e-12

@@ -100,7 +100,14 @@ def test_empirical_holds_the_mean_gradient():
 
 @pytest.mark.parametrize(
     "name",
-    ["softmax_regression", "mlp_tanh", "conv_stride", "segmentation", "bernoulli_two_outputs", "gaussian_three_outputs"],
+    [
+        "softmax_regression",
+        "mlp_tanh",
+        "conv_stride",
+        "segmentation",
+        "bernoulli_two_outputs",
+        "gaussian_three_outputs",
+    ],
 )
 def test_fisher_is_the_curvature_of_the_divergence(name):
     """KL(p_θ ‖ p_θ+δ) → ½ δᵀFδ: the relative gap shrinks in proportion to δ, down to where KL itself is rounded."""

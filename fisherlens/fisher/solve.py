@@ -59,7 +59,7 @@ class Solver:
                     f"{torch.finfo(self.scores.dtype).eps * top:.1e}), so directions of small eigenvalues are noise. Raise the damping, or use "
                     "model.double().",
                     NumericalWarning,
-                    stacklevel=5,
+                    stacklevel=6,
                 )
             self._kept = (damping, damped_cholesky(matrix, damping, "F" if self.dense_side else "The Gram matrix of F"))
         return self._kept[1]
