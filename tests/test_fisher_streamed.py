@@ -162,7 +162,7 @@ def test_data_that_change_between_passes_are_refused(unchanged):
     grown.append(c.data)
     with (
         unchanged(c.model),
-        pytest.raises(InputError, match="differs from what it was|in the first pass and 14 in a later"),
+        pytest.raises(InputError, match=r"differs from what it was|in the first pass and 14 in a later"),
     ):
         F @ c.vectors()
     x, y = (t.clone() for t in c.data)
@@ -191,7 +191,7 @@ class Restless:
 
     def __iter__(self):
         for i in range(0, len(self.x), 2):
-            torch.rand(1), random.random(), np.random.rand()  # noqa: B018, NPY002, S311
+            torch.rand(1), random.random(), np.random.rand()  # noqa: NPY002, S311
             yield self.x[i : i + 2], self.y[i : i + 2]
 
 

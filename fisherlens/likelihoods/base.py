@@ -187,6 +187,10 @@ def require_targets(likelihood: Likelihood, targets: object) -> None:
             f"The observed labels are needed here, but the targets are {type(targets).__name__}. Give data as (inputs, targets) tensors; "
             f"{likelihood.name} targets may be None only for kind='exact' or 'mc' without class weights or ignored labels."
         )
+    if targets.is_complex():
+        raise InputError(
+            f"The targets must be real numbers; got {targets.dtype}. Use targets.real, or its two parts as two outputs."
+        )
 
 
 def require_per_output(name: str, values: Tensor, outputs: Tensor) -> None:
