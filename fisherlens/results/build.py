@@ -39,7 +39,7 @@ def make_dataset(
     coords
         Name → values (a coordinate of the dim of that name) or ``(dims, values)`` or ``(dims, values, attrs)``.
     operator
-        What was analysed, if it is one: its ``kind``, ``likelihood``, ``n_data``, ``n_params``, ``dtype``, ``device``, ``seed`` and
+        What was analysed, if it is one: its ``kind`` with what belongs to it, ``likelihood``, ``n_data``, ``n_params``, ``dtype``, ``device``, ``seed`` and
         ``plan`` are recorded where it has them.
     method
         The algorithm that produced the numbers, in words.
@@ -111,6 +111,8 @@ def _operator_facts(operator: Any) -> dict[str, Any]:
     if operator is None:
         return facts
     for name in ("kind", "n_data", "n_params", "seed"):
+        facts[name] = getattr(operator, name, None)
+    for name in {"mc": ("mc_samples", "mc_sampling"), "empirical": ("rows",)}.get(facts["kind"], ()):
         facts[name] = getattr(operator, name, None)
     likelihood = getattr(operator, "likelihood", None)
     if likelihood is not None:

@@ -61,6 +61,8 @@ def capture(
     *,
     params: Any = None,
     mc_samples: int = 1,
+    mc_sampling: str = "independent",
+    rows: str = "term",
     seed: int = 0,
     budget: int,
     progress: bool | None = None,
@@ -78,7 +80,9 @@ def capture(
         while True:
             recorder = Recorder(model, layout)
             recorder.release(without_rule)
-            collector = Collector(recorder, likelihood, kind, mc_samples, sample, like, source.n_data)
+            collector = Collector(
+                recorder, likelihood, kind, mc_samples, sample, like, source.n_data, mc_sampling, rows
+            )
             sizes = Sizes(source.n_data, collector.r, like.dtype, collector.graph_bytes)
             plan = make_plan(collector.layout.layers, collector.uses, sizes, budget)
             collector.prepare(plan, budget)

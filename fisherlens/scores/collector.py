@@ -12,6 +12,7 @@ from torch import Tensor
 from fisherlens.errors import InputError, NonFiniteError
 from fisherlens.likelihoods import BoundLikelihood, Likelihood
 from fisherlens.linalg.memory import Workspace
+from fisherlens.scores.draws import Draws
 from fisherlens.scores.matrix import ScoreMatrix
 from fisherlens.scores.per_example import PerExample
 from fisherlens.scores.plan import Plan
@@ -47,6 +48,8 @@ class Collector:
         A tensor with the dtype and device of the scores.
     n_data
         Examples of the whole data set.
+    mc_sampling, rows
+        How labels are drawn, and how the empirical kind makes rows; see :class:`fisherlens.Fisher`.
     """
 
     def __init__(
@@ -58,6 +61,8 @@ class Collector:
         sample: Batch,
         like: Tensor,
         n_data: int,
+        mc_sampling: str = "independent",
+        rows: str = "term",
     ):
         self.recorder, self.likelihood, self.kind, self.mc_samples, self.like = (
             recorder,
@@ -66,14 +71,15 @@ class Collector:
             mc_samples,
             like,
         )
+        self.mc_sampling, self.rows = mc_sampling, rows
         outputs = probe(recorder, sample)
         likelihood.check_data(outputs.shape[1:], n_data)
-        bound = self.bind(
-            outputs, sample, slice(0, sample.size)
-        )  # for its shapes; which examples they are does not matter
+        # bound for its shapes: which examples these are does not matter
+        bound = self.bind(outputs, sample, slice(0, sample.size))
         recorder.release(unexplained(recorder, sample))
         self.uses = recorder.forward(sample)[1]
-        self.r = {"exact": bound.num_columns, "mc": mc_samples, "empirical": bound.num_terms}[kind]
+        observed = bound.num_terms if rows == "term" else 1
+        self.r = {"exact": bound.num_columns, "mc": mc_samples, "empirical": observed}[kind]
         self.rank_per_term, self.output_shape = likelihood.rank_per_term(outputs.shape), outputs.shape[1:]
         self.graph_bytes = recorder.graph_bytes(sample)
         self._num_uniforms, self._sample_size = bound.num_uniforms, sample.size
@@ -126,14 +132,12 @@ class Collector:
 
     def pieces(self, source: Source, seed: int) -> Iterator[Piece]:
         """The data in pieces; the labels' uniform numbers are the same in every pass and for every split into batches."""
-        generator = torch.Generator().manual_seed(seed)
+        draws = Draws(self._num_uniforms, self.mc_samples, self.mc_sampling, seed)
         done = 0
         for whole in source.batches():
             for begin in range(0, whole.size, self.step):
                 batch = whole.part(begin, begin + self.step)
-                shape = (batch.size, self._num_uniforms, self.mc_samples)
-                uniforms = torch.rand(*shape, generator=generator, dtype=torch.float64)
-                yield Piece(slice(done, done + batch.size), batch, uniforms)
+                yield Piece(slice(done, done + batch.size), batch, draws.take(batch.size))
                 done += batch.size
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, list[Use]], dict[str, Tensor]]:
@@ -205,7 +209,7 @@ class Collector:
         elif self.kind == "mc":
             for s in range(self.mc_samples):
                 yield bound.sampled_score(uniforms[..., s]) / math.sqrt(self.mc_samples)
-        elif bound.num_terms == 1:
+        elif bound.num_terms == 1 or self.rows == "example":
             yield bound.observed_score()
         else:
             for t in range(bound.num_terms):
@@ -217,13 +221,18 @@ class Collector:
             return bound.kept_rows()
         if self.kind == "mc":
             return (bound.weight > 0).any(1, keepdim=True).expand(-1, self.mc_samples)
-        return bound.weight > 0
+        return bound.weight > 0 if self.rows == "term" else (bound.weight > 0).any(1, keepdim=True)
 
     def gradient_coefficients(self, bound: BoundLikelihood) -> Tensor | None:
         """Coefficients d, ``(n, r)``, with Uᵀd the gradient of the summed loss; None where it is not in the row space."""
         if self.kind == "exact":
             return bound.gradient_coefficients()
-        return bound.observed_coefficients() if self.kind == "empirical" else None
+        found = bound.observed_coefficients() if self.kind == "empirical" else None
+        if found is None or self.rows == "term":
+            return found
+        # a sum of scores gives the gradient back only where all terms of the example carry one weight
+        shared = found.amax(1, keepdim=True)
+        return shared if ((found == shared) | (found == 0)).all() else None
 
 
 def require_finite_scores(scores: ScoreMatrix, where: str = "") -> None:
