@@ -179,6 +179,8 @@ class ConvScores(LayerScores):
         return out.reshape(self.rows, -1)
 
     def rows_at(self, index: Tensor) -> Tensor:
+        if not len(index):
+            return self.g.new_empty(0, self.size)
         n, r = index // self.r, index % self.r
         g = self.g[n, r].view(len(index), 1, self.d_o, *self.positions)
         # the input is padded already

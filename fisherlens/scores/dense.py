@@ -41,7 +41,7 @@ class DenseScores(LayerScores):
         n, t, k, d_o = self.n, self.t, v.shape[1], self.d_o
         g = self.g.reshape(n, self.r, t * d_o)
         if k == 1:
-            h = self._outputs(v[:, 0]).view(n, 1, t * d_o)
+            h = self._outputs(v[:, 0]).reshape(n, 1, t * d_o)
             return torch.bmm(h, g.mT).view(self.rows, 1)
         z = torch.zeros(n, self.r, k, dtype=self.dtype, device=self.device)
         if self.layer.weight:
