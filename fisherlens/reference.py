@@ -188,7 +188,8 @@ def log_probability(t: Terms) -> Tensor:
     if t.family == "categorical":
         return t.f.log_softmax(-1).gather(-1, y[..., None])[..., 0]
     if t.family == "bernoulli":
-        return (t.element_weight * (y * logsigmoid(t.f) + (1 - y) * logsigmoid(-t.f))).sum(-1)
+        ones = t.element_weight - (1 - y)  # pos_weight · y
+        return (ones * logsigmoid(t.f) + (1 - y) * logsigmoid(-t.f)).sum(-1)
     return -((t.f - y) ** 2 / t.variance + (2 * math.pi * t.variance).log()).sum(-1) / 2
 
 

@@ -205,9 +205,15 @@ def test_soft_bernoulli_targets():
     model, (x, _), _ = ZOO["bernoulli_two_outputs"]()
     y = torch.rand(8, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for kind in ("exact", "empirical"):
-        c = make(model, (x, y), "bernoulli", kind)
-        assert error(c.fisher().dense(), c.matrix) < TOLERANCE
-        assert error(c.fisher().gradient(), c.gradient) < TOLERANCE
+        for pos_weight in (None, 3.0, [0.5, 2.0]):
+            c = make(model, (x, y), fl.Bernoulli(pos_weight), kind)
+            assert error(c.fisher().dense(), c.matrix) < TOLERANCE
+            assert error(c.fisher().gradient(), c.gradient) < TOLERANCE
+            assert error(c.fisher().natural_gradient(0.1), reference.solve(c.matrix, c.gradient, 0.1)) < TOLERANCE
+            weight = None if pos_weight is None else torch.tensor(pos_weight, dtype=torch.float64)
+            loss = nn.functional.binary_cross_entropy_with_logits(model(x), y, pos_weight=weight, reduction="sum") / 8
+            gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(model.parameters()))])
+            assert error(c.fisher().gradient(), gradient) < TOLERANCE
 
 
 def test_targets_may_be_missing_where_nothing_needs_them():

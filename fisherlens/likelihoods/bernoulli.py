@@ -36,6 +36,20 @@ class _BoundBernoulli(BoundElementwise):
     def coefficients(self, labels: Tensor) -> Tensor:
         return (1 - labels) * (self._logits / 2).exp() - labels * (-self._logits / 2).exp()
 
+    def loss_gradient(self) -> Tensor:
+        y, ones = self._observed(), self._ones()
+        return ((1 - y) * self._logits.sigmoid() - ones * (-self._logits).sigmoid()).reshape(self._shape)
+
+    def gradient_coefficients(self) -> Tensor:
+        y, ones = self._observed(), self._ones()
+        found = (1 - y) * (self._logits / 2).exp() - ones * (-self._logits / 2).exp()
+        return found if self._scale is None else torch.where(self._scale > 0, found / self._scale, 0)
+
+    def _ones(self) -> Tensor:
+        """pos_weight · y, the weight of the outcome 1: what is left of the element's weight 1 + (pos_weight - 1) y."""
+        y = self._observed()
+        return y if self._scale is None else (self._scale.square() - (1 - y)).clamp(min=0)
+
 
 class Bernoulli(Likelihood):
     """Independent 0/1 outputs with logits f, the likelihood behind ``BCEWithLogitsLoss``.
