@@ -32,6 +32,7 @@ from fisherlens.likelihoods import (
     Likelihood,
 )
 from fisherlens.partitions import Partition, partition
+from fisherlens.report import report
 from fisherlens.results import load, save
 from fisherlens.spectrum import effective_dimension, log_determinant, spectrum
 from fisherlens.training import Problem, compare_optimizers, problem, problems, train
@@ -69,6 +70,7 @@ __all__ = [  # noqa: RUF022 - grouped by topic
     # results
     "save",
     "load",
+    "report",
     "plot",
     # errors and warnings
     "errors",

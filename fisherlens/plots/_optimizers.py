@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +32,7 @@ def optimizers(
     show_range: bool = True,
     show_seeds: bool = False,
     show_diverged: bool = True,
+    colors: Mapping[str, Any] | None = None,
     legend: bool = True,
 ) -> Axes:
     """Draw the training curves of each optimizer: the median over seeds, and the range from worst to best.
@@ -57,6 +59,8 @@ def optimizers(
         Fill the range over seeds; draw each seed as a thin line.
     show_diverged
         Mark diverged runs.
+    colors
+        Optimizer → colour, to keep the colours of another figure; the palette gives those that are not named.
     legend
         Name the optimizers.
 
@@ -93,7 +97,7 @@ def optimizers(
     ax = common.new_axes(ax, 6.6 if len(names) <= len(common.PALETTE) else 8.4, 4.2)
     short = common.shorten(names)
     for number, (shade, turn) in enumerate(common.cycle(len(names))):
-        text = short[number]
+        text, shade = short[number], (colors or {}).get(names[number], shade)
         if show_diverged and lost[number].any():
             text += f" ({lost[number].sum()} of {len(lost[number])} diverged)"
         look = {"color": shade, "linestyle": common.STYLES[turn % len(common.STYLES)], "label": text}
