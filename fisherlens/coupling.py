@@ -225,13 +225,13 @@ def _permutation_test(
     z = torch.where(spread > 1e-7 * draws.abs().amax(0), deviation / spread.where(spread > 0, 1), -float("inf"))
     flat_pairs = torch.isinf(z[0])
     slack = 1e-9
-    raw = (1 + (z[1:] >= z[0] - slack).sum(0)) / (1 + num_null)
+    raw = (1 + (z[1:] >= z[0] - slack).sum(0)).double() / (1 + num_null)
     largest = z[1:].amax(1).sort().values if upper.shape[1] else draws.new_zeros(num_null)
-    adjusted = (1 + num_null - torch.searchsorted(largest, z[0] - slack)) / (1 + num_null)
+    adjusted = (1 + num_null - torch.searchsorted(largest, z[0] - slack)).double() / (1 + num_null)
     out = []
     for values in (raw, adjusted):
         matrix = torch.full((num, num), float("nan"), dtype=torch.float64, device=sample.device)
-        values = torch.where(flat_pairs, 1.0, values.double())
+        values = values.masked_fill(flat_pairs, 1.0)
         matrix[upper[0], upper[1]] = values
         matrix[upper[1], upper[0]] = values
         out.append(matrix.cpu().numpy())
