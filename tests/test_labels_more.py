@@ -6,26 +6,12 @@ import math
 
 import pytest
 import torch
-from cases import fill
+from likelihood_checks import DTYPE, error, generator, network, randn, splits
 from torch import Tensor, nn
 
 import fisherlens as fl
 from fisherlens import reference
 from fisherlens.scores.draws import Draws
-
-DTYPE = torch.float64
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=generator(seed), dtype=DTYPE)
-
-
-def network(*layers: nn.Module) -> nn.Module:
-    return fill(nn.Sequential(*layers).double(), generator(1))
 
 
 def classifier(classes: int) -> nn.Module:
@@ -36,16 +22,6 @@ def segmentation() -> tuple[nn.Module, Tensor, Tensor]:
     """Nine labels of three classes per example."""
     model = network(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Conv2d(3, 3, 1))
     return model, randn(6, 2, 4, 4), torch.randint(3, (6, 3, 3), generator=generator(2))
-
-
-def error(found: Tensor, truth: Tensor) -> float:
-    assert truth.norm() > 0
-    return ((found - truth).norm() / truth.norm()).item()
-
-
-def splits(x: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
-    sizes = [1, len(x) - 4, 3]
-    return list(zip(*(values.split(sizes) for values in (x, *others)), strict=True))
 
 
 # --- stratified draws ------------------------------------------------------------------------------------------------
