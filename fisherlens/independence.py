@@ -91,6 +91,8 @@ def independence(
         raise InputError("damping is an empty list; give one number > 0 or several.")
     if isinstance(partitions, (str, Partition, dict)):
         partitions = [partitions]
+    if not len(partitions):
+        raise InputError("partitions is empty; give at least one scheme, Partition or dict of blocks.")
     schemes = [make_partition(F, p) for p in partitions]
     names = _unique_names(schemes)
     layers = [*F.layout.layer_names, WHOLE]
