@@ -14,7 +14,7 @@ import fisherlens as fl
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 REFERENCE = (DOCS / "reference.rst").read_text(encoding="utf-8")
-PAGES = sorted([*DOCS.glob("*.md"), *DOCS.glob("*.rst")])
+PAGES = sorted([*DOCS.glob("*.md"), *DOCS.glob("*.rst"), *DOCS.glob("howto/*.md")])
 
 _DIRECTIVE = re.compile(r"^\.\. auto(?:exception|data|module):: (?:fisherlens\.)?(\S+)$", re.MULTILINE)
 _SUMMARY = re.compile(r"^\.\. autosummary::\n(?:   :.*\n)+\n((?:   \S+\n)+)", re.MULTILINE)
@@ -117,7 +117,8 @@ def test_every_page_is_in_the_table_of_contents():
     toctree = re.search(r"```\{toctree\}\n(.*?)```", (DOCS / "index.md").read_text(encoding="utf-8"), re.DOTALL)[1]
     linked = set(re.findall(r"<(\S+)>$", toctree, re.MULTILINE))
     notebooks = {f"notebooks/{path.stem}" for path in (ROOT / "notebooks").glob("*.ipynb")}
-    assert linked == {path.stem for path in PAGES if path.stem != "index"} | notebooks
+    pages = {path.relative_to(DOCS).with_suffix("").as_posix() for path in PAGES}
+    assert linked == (pages - {"index"}) | notebooks
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
