@@ -64,3 +64,7 @@ DAMPING = (
     "damping must be a finite number > 0; got {damping!r}. It is added to F, in the units of its eigenvalues (nat): "
     "1e-3 times the largest eigenvalue is a common start."
 )
+NO_SCORE_ROWS = (
+    "This needs score rows, the rows of U in F = UᵀU/W, but the operator was built with kind='hessian': a Hessian is no such product and may be "
+    "indefinite. Use kind='exact', 'mc' or 'empirical'. With 'hessian' there are F @ v, solve, diagonal, dense, block and fl.spectrum."
+)

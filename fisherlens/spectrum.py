@@ -27,12 +27,13 @@ def spectrum(F: Fisher, *, by: str | None = None, vectors: bool = False) -> xr.D
     .. math:: F v_i = \lambda_i v_i, \qquad \lambda_1 \ge \lambda_2 \ge \dots
 
     The Gram matrix U Uᵀ/W has the same non-zero eigenvalues as F = UᵀU/W; the smaller of the two is decomposed, in float64.
-    The remaining P - len(rank) eigenvalues are exactly zero.
+    The remaining P - len(rank) eigenvalues are exactly zero. Of a Hessian (``kind="hessian"``) the matrix itself is decomposed, from P
+    products; its negative eigenvalues are kept, and noise is judged by \|λ\|.
 
     Parameters
     ----------
     F
-        The Fisher operator.
+        The Fisher operator, of any kind.
     by
         None for the whole matrix, or ``"layer"`` for each layer's diagonal block, with the whole as ``"all"``.
     vectors
@@ -62,7 +63,7 @@ def spectrum(F: Fisher, *, by: str | None = None, vectors: bool = False) -> xr.D
     >>> fl.spectrum(F)["eigenvalue"].sizes
     Frozen({'rank': 3})
     """
-    require_fisher(F)
+    require_fisher(F, rows=False)
     if by not in (None, "layer"):
         raise InputError(
             errors.UNKNOWN_NAME.format(
@@ -74,7 +75,8 @@ def spectrum(F: Fisher, *, by: str | None = None, vectors: bool = False) -> xr.D
         parts, names, places = [_decompose(F, vectors)], None, [whole]
     else:
         names = [*F.layout.layer_names, WHOLE]
-        parts = [_decompose(F.restrict(name), vectors) for name in F.layout.layer_names] + [_decompose(F, vectors)]
+        everything = _decompose(F, vectors)
+        parts = [*(_decompose(F.restrict(name), vectors) for name in F.layout.layer_names), everything]
         places = [*(slice(layer.start, layer.stop) for layer in F.layout.layers), whole]
     length = max(len(part["eigenvalue"]) for part in parts)
     words = {
@@ -114,26 +116,30 @@ def spectrum(F: Fisher, *, by: str | None = None, vectors: bool = False) -> xr.D
         coords["param"] = np.arange(F.n_params)
         coords["param_name"] = ("param", F.layout.parameter_labels())
         coords["param_layer"] = ("param", F.layout.parameter_layers())
-    method = (
-        "exact: eigenvalues of the "
-        + ("dense matrix" if F.n_params <= F.scores.rows else "Gram matrix")
-        + " in float64"
-    )
+    method = "exact: eigenvalues of the " + ("dense matrix" if _dense_side(F) else "Gram matrix") + " in float64"
     return make_dataset(
         variables,
         coords,
         operator=F,
         method=method,
-        num_matvecs=2 * length if vectors else 0,
+        num_matvecs=2 * length if vectors else None if F.kind == "hessian" else 0,
         settings={"by": by, "vectors": vectors},
     )
 
 
+def _dense_side(F: Fisher) -> bool:
+    """Whether the matrix itself is decomposed: it is the smaller, or a Hessian, which has no Gram matrix."""
+    return F.kind == "hessian" or F.n_params <= F.n_rows
+
+
 def _decompose(F: Fisher, vectors: bool) -> dict[str, Any]:
-    order = min(F.n_params, F.n_rows)
+    dense = _dense_side(F)
+    order = F.n_params if dense else F.n_rows
     _require_memory(F, order)
-    dense = F.n_params <= F.n_rows
-    matrix = (F.scores.dense() if dense else F.scores.gram()).double() / F.total_weight
+    if F.kind == "hessian":
+        matrix = F.matrix(what="The complete spectrum")
+    else:
+        matrix = (F.scores.dense() if dense else F.scores.gram()).double() / F.total_weight
     what = f"The {'dense' if dense else 'Gram'} matrix of F"
     found: dict[str, Any] = {}
     if vectors:
@@ -141,14 +147,15 @@ def _decompose(F: Fisher, vectors: bool) -> dict[str, Any]:
         floor = noise_floor(values, order, F.dtype)
         v = basis.to(F.dtype) if dense else _right_vectors(F, values, basis, floor)
         residual = torch.linalg.vector_norm((F @ v) - v * values.to(F.dtype), dim=0).double()
-        residual[values <= floor] = floor
-        v[:, values <= floor] = float("nan")  # the direction of a zero eigenvalue is arbitrary
+        noise = _noise(F, values, floor)
+        residual[noise] = floor
+        v[:, noise] = float("nan")  # the direction of a zero eigenvalue is arbitrary
         found["eigenvector"] = v.T.cpu().numpy()
     else:
         values = eigenvalues(matrix, what)
         floor = noise_floor(values, order, F.dtype)
         residual = torch.full_like(values, floor)
-    above = values > floor
+    above = ~_noise(F, values, floor)
     return found | {
         "eigenvalue": values.cpu().numpy(),
         "residual_norm": residual.cpu().numpy(),
@@ -158,6 +165,11 @@ def _decompose(F: Fisher, vectors: bool) -> dict[str, Any]:
         "rank_bound": F.rank_bound,
         "num_above_noise": int(above.sum()),
     }
+
+
+def _noise(F: Fisher, values: Tensor, floor: float) -> Tensor:
+    """Which eigenvalues cannot be told from zero; negative ones are rounding in a Fisher, and real in a Hessian."""
+    return (values.abs() if F.kind == "hessian" else values) <= floor
 
 
 def _right_vectors(F: Fisher, values: Tensor, basis: Tensor, floor: float) -> Tensor:
@@ -176,6 +188,11 @@ def _right_vectors(F: Fisher, values: Tensor, basis: Tensor, floor: float) -> Te
 
 def _require_memory(F: Fisher, order: int) -> None:
     needed = 3 * order**2 * 8  # the matrix, its symmetric copy and the solver's workspace
+    if needed > F.memory and order > 2000 and F.kind == "hessian":
+        raise MemoryBudgetError(
+            f"The complete spectrum of a Hessian needs the matrix itself, {order} x {order}, {readable_bytes(needed)} with workspace, over the budget of "
+            f"{readable_bytes(F.memory)}. Look at one layer with F.restrict(name), or raise memory=."
+        )
     if needed > F.memory and order > 2000:
         fit = int((F.memory / 24) ** 0.5)
         raise MemoryBudgetError(
@@ -187,6 +204,12 @@ def _require_memory(F: Fisher, order: int) -> None:
 
 def _known_values(F_or_result: Any) -> tuple[np.ndarray, Any]:
     """Eigenvalues of an operator or of a spectrum, noise clipped to zero, and the Dataset they came from if any."""
+    kind = F_or_result.kind if isinstance(F_or_result, Fisher) else getattr(F_or_result, "attrs", {}).get("kind")
+    if kind == "hessian":
+        raise InputError(
+            "Functions of a spectrum such as the effective dimension and the log-determinant are of a positive semi-definite F, but this is a "
+            "Hessian, whose eigenvalues may be negative. Use kind='exact', 'mc' or 'empirical', or fl.spectrum(H) for the eigenvalues themselves."
+        )
     if isinstance(F_or_result, Fisher):
         return spectrum(F_or_result)["eigenvalue"].clip(min=0).values, None
     if hasattr(F_or_result, "data_vars") and "eigenvalue" in F_or_result:

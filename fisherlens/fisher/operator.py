@@ -22,13 +22,15 @@ if TYPE_CHECKING:
     import scipy.sparse.linalg
 
 
-def require_fisher(F: Any) -> None:
-    """Refuse anything but a Fisher where an analysis takes one: the model or the matrix, say."""
+def require_fisher(F: Any, *, rows: bool = True) -> None:
+    """Refuse anything but a Fisher where an analysis takes one, the model or the matrix, say; and a Hessian where score rows are needed."""
     if not isinstance(F, Fisher):
         raise TypeError(
             f"The analysis takes a fisherlens.Fisher; got {type(F).__name__}. Build the operator first: "
             "F = fl.Fisher(model, data, likelihood=...)."
         )
+    if rows and F.kind == "hessian":
+        raise InputError(errors.NO_SCORE_ROWS)
 
 
 class Fisher:
@@ -53,7 +55,8 @@ class Fisher:
         ``"categorical"``, ``"bernoulli"``, ``"gaussian"``, or an instance of :class:`Categorical`, :class:`Bernoulli`, :class:`Gaussian`.
     kind
         ``"exact"``: expectation over labels in closed form. ``"mc"``: labels sampled from the model, drawn once and kept.
-        ``"empirical"``: observed labels; not the Fisher, but common in optimizers.
+        ``"empirical"``: observed labels; not the Fisher, but common in optimizers. ``"hessian"``: the Hessian of the mean loss, to
+        compare with; symmetric, not positive semi-definite, without score rows, from second derivatives.
     params
         None for all that require grad, or a list of names, layers or glob patterns. Where ``model`` is a function ``f(params, inputs)``,
         its dict name → tensor.
@@ -104,6 +107,13 @@ class Fisher:
     ((8, 8), 1, torch.Size([8]))
     """
 
+    def __new__(cls, *_: Any, kind: str = "exact", **__: Any) -> Fisher:
+        if cls is Fisher and kind == "hessian":
+            from fisherlens.fisher.hessian import Hessian  # which is a Fisher
+
+            cls = Hessian
+        return super().__new__(cls)
+
     def __init__(
         self,
         model: nn.Module | Callable[[dict[str, Tensor], Any], Tensor],
@@ -121,7 +131,8 @@ class Fisher:
     ):
         self.likelihood = as_likelihood(likelihood)
         if kind not in KINDS:
-            raise InputError(errors.UNKNOWN_NAME.format(what="kind", name=kind, hint=errors.nearest(kind, KINDS)))
+            hint = errors.nearest(kind, (*KINDS, "hessian"))
+            raise InputError(errors.UNKNOWN_NAME.format(what="kind", name=kind, hint=hint))
         if not isinstance(mc_samples, int) or isinstance(mc_samples, bool) or mc_samples < 1:
             raise InputError(f"mc_samples must be an integer >= 1, the label draws per example; got {mc_samples!r}.")
         if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
