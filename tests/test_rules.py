@@ -297,7 +297,9 @@ def test_expert_first_called_after_the_sample():
     assert error(fl.Fisher(model, (x, y), likelihood="categorical", kind="empirical").dense(), truth) < 1e-12
 
 
-@pytest.mark.parametrize("build", [SequenceFirst, lambda: Recurrent(nn.GRU), lambda: Pooled()], ids=["first", "gru", "pooled"])
+@pytest.mark.parametrize(
+    "build", [SequenceFirst, lambda: Recurrent(nn.GRU), lambda: Pooled()], ids=["first", "gru", "pooled"]
+)
 def test_sequences_of_other_lengths_in_later_batches(build):
     with torch.random.fork_rng(devices=[]):
         model = fill(build().double().eval(), generator(4))

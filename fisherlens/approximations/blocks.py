@@ -37,7 +37,9 @@ def _kept_trace(factor: Tensor, damping: float) -> Tensor:
     """Tr M (M + λI)⁻¹ = n - λ tr (M + λI)⁻¹ from Cholesky factors ``(..., n, n)``; zero eigenvalues add nothing."""
     identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     half = torch.linalg.solve_triangular(factor, identity.expand(factor.shape), upper=False)
-    return (factor.shape[-1] - damping * half.square().sum((-2, -1))).reshape(-1).clamp(min=0)  # rounding of a zero block
+    return (
+        (factor.shape[-1] - damping * half.square().sum((-2, -1))).reshape(-1).clamp(min=0)
+    )  # rounding of a zero block
 
 
 class MomentBlocks:

@@ -30,7 +30,6 @@ def largest_ratio(
 
     The start vector comes from an own generator: ARPACK would take it from global random state.
     """
-
     import scipy.sparse.linalg  # here, because it would double the time of ``import fisherlens``
 
     def wrap(product: Callable[[Tensor], Tensor]) -> scipy.sparse.linalg.LinearOperator:
