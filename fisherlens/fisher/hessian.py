@@ -55,6 +55,8 @@ class Hessian(Fisher):
         kind: str = "hessian",
         params: Sequence[str] | str | Mapping[str, Tensor] | None = None,
         mc_samples: int = 1,
+        mc_sampling: str = "independent",
+        rows: str = "term",
         seed: int = 0,
         memory: str | float = "2GiB",
         progress: bool | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -420,3 +421,9 @@ class Fisher:
     def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
         """F as a ``scipy.sparse.linalg.LinearOperator`` on numpy vectors."""
         return to_scipy(self, self)
+
+
+# ``help(Fisher)`` shows the arguments of __init__ rather than those that __new__ looks at.
+Fisher.__signature__ = inspect.signature(Fisher.__init__).replace(
+    parameters=list(inspect.signature(Fisher.__init__).parameters.values())[1:]
+)
