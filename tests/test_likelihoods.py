@@ -144,7 +144,7 @@ def test_sampled_scores(name):
     g = torch.Generator().manual_seed(3)
     n = len(bound.outputs)
     S = root(bound)
-    draws, total = 4000, torch.zeros_like(output_fisher(name))
+    draws, total = 1500, torch.zeros_like(output_fisher(name))
     mean = torch.zeros_like(bound.outputs)
     for k in range(draws):
         uniforms = torch.rand(n, bound.num_uniforms, generator=g, dtype=torch.float64)
@@ -157,7 +157,7 @@ def test_sampled_scores(name):
         each = flat(score)
         total += each[:, :, None] * each[:, None] / draws
     truth = output_fisher(name)
-    assert error(total, truth) < 0.15
+    assert error(total, truth) < 0.2
     assert mean.square().sum() < 25 * truth.diagonal(dim1=1, dim2=2).sum() / draws
 
 
