@@ -70,6 +70,8 @@ def test_wrong_inputs(unchanged):
             fl.Fisher(model, (x, y), likelihood=likelihood, kind="hesian")
         with pytest.raises(InputError, match="Label 7 in the data"):
             hessian(model, (x, torch.full_like(y, 7)), likelihood)
+        with pytest.raises(InputError, match=r"rows='example' goes with kind='empirical'.*got kind='hessian'"):
+            hessian(model, (x, y), likelihood, rows="example")
         with pytest.raises(InputError, match="params is a dict of tensors"):
             hessian(model, (x, y), likelihood, params={"w": x})
         with pytest.raises(NonFiniteError, match="holds NaN or infinity"):

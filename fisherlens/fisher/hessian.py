@@ -18,6 +18,7 @@ from fisherlens.fisher.solve import Preconditioner
 from fisherlens.likelihoods import Likelihood, as_likelihood
 from fisherlens.linalg.minres import minres
 from fisherlens.scores import LossCurvature, Plan, parse_memory
+from fisherlens.scores.draws import check_options
 
 # As for Fisher.dense: parameters up to which P products are taken for granted.
 DENSE_LIMIT = 5000
@@ -62,7 +63,8 @@ class Hessian(Fisher):
         progress: bool | None = None,
     ):
         self.likelihood, self.memory = as_likelihood(likelihood), parse_memory(memory)
-        self.kind, self.mc_samples, self.seed = kind, mc_samples, seed
+        check_options(kind, mc_sampling, rows)
+        self.kind, self.mc_samples, self.mc_sampling, self.rows, self.seed = kind, mc_samples, mc_sampling, rows, seed
         self.curvature = LossCurvature(
             model, data, self.likelihood, params=params, budget=self.memory, progress=progress
         )
