@@ -84,7 +84,7 @@ def coupling(
             f"Partition {parts.scheme!r} has {parts.num_blocks} blocks, so {parts.num_blocks**2} pairs; the limit is {max_blocks} blocks. Look at one layer with "
             "F.restrict(name), choose a coarser partition, or raise max_blocks."
         )
-    squares = _squared_norms(F.scores, parts) / F.total_weight**2
+    squares = _squared_norms(F, parts) / F.total_weight**2
     norms = squares.diagonal().sqrt()
     traces = _block_sums(F.diagonal().double(), parts)
     rows = max(F.n_rows, 1)
@@ -141,17 +141,46 @@ def _is_layers(scores: ScoreMatrix, parts: Partition) -> bool:
     )
 
 
-def _squared_norms(scores: ScoreMatrix, parts: Partition) -> Tensor:
-    """⟨K_i, K_j⟩ for all pairs of blocks, ``(B, B)`` float64."""
-    num = parts.num_blocks
-    if _is_layers(scores, parts):
-        grams = [scores.layer_gram(layer.layer.name) for layer in scores.layers]
-        return _inner_products(grams)
-    by_gram = 2 * scores.rows**2 * (scores.size + num**2)
-    by_columns = 2 * scores.rows * scores.size**2
-    if by_gram < by_columns and num * scores.rows**2 * scores.dtype.itemsize < 2**30:
-        return _inner_products(list(_block_grams(scores, parts)))
-    return _column_norms(scores, parts)
+def _squared_norms(F: Fisher, parts: Partition) -> Tensor:
+    """⟨K_i, K_j⟩ for all pairs of blocks, ``(B, B)`` float64, by the cheapest way that fits the budget."""
+    scores, num = F.scores, parts.num_blocks
+    rows, size, item = scores.rows, scores.size, scores.dtype.itemsize
+    layers = _is_layers(scores, parts)
+    ways = [  # operations, bytes, function
+        (rows**2 * (size + (0 if layers else num**2)), num * rows**2 * item, _layer_norms if layers else _gram_norms),
+        (rows * size**2, size**2 * (item + 8), _matrix_norms),
+        (1.01 * rows * size**2, rows * size * item + 2**27, _column_norms),
+    ]
+    fitting = [way for way in ways if way[1] <= max(F.memory, 2**27)]
+    if not fitting:
+        needed = readable_bytes(min(way[1] for way in ways))
+        raise MemoryBudgetError(
+            f"The couplings of {num} blocks need at least {needed}, over the budget of {readable_bytes(F.memory)}. Use fewer examples, kind='mc' with one "
+            "column each, one layer with F.restrict(name), or raise memory= of the Fisher."
+        )
+    return min(fitting, key=lambda way: way[0])[2](scores, parts)
+
+
+def _layer_norms(scores: ScoreMatrix, parts: Partition) -> Tensor:
+    """From the Gram matrices of the layers, which are computed once and kept."""
+    return _inner_products([scores.layer_gram(layer.layer.name) for layer in scores.layers])
+
+
+def _gram_norms(scores: ScoreMatrix, parts: Partition) -> Tensor:
+    """From the Gram matrix of every block."""
+    return _inner_products(list(_block_grams(scores, parts)))
+
+
+def _matrix_norms(scores: ScoreMatrix, parts: Partition) -> Tensor:
+    """From UᵀU: squares of its entries, summed by block on both sides."""
+    order = parts.flat.to(scores.device)
+    block = parts.block_of.to(scores.device)[order]
+    square = scores.dense(order).double().square_()
+    half = torch.zeros(parts.num_blocks, len(order), dtype=torch.float64, device=scores.device)
+    half.index_add_(0, block, square)
+    out = torch.zeros(parts.num_blocks, parts.num_blocks, dtype=torch.float64, device=scores.device)
+    out.index_add_(1, block, half)
+    return (out + out.T) / 2
 
 
 def _inner_products(grams: list[Tensor]) -> Tensor:

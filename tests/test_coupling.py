@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cases import fill, make_case
-from fisher_checks import KINDS, QUIET, ZOO, case
+from fisher_checks import KINDS, QUIET, ZOO, case, in_float32
 from torch import Tensor, nn
 
 import fisherlens as fl
@@ -58,16 +58,66 @@ def test_segments(name, scheme):
     check(c.fisher(), c.matrix, scheme)
 
 
-@pytest.mark.parametrize("way", ["_block_grams", "_column_norms"])
-def test_both_ways_to_the_norms(way, monkeypatch):
-    """Block by block through Gram matrices, or through strips of the matrix itself."""
+WAYS = ("_layer_norms", "_gram_norms", "_matrix_norms", "_column_norms")
+
+
+@pytest.mark.parametrize("name", ["fewer_parameters_than_examples", "lenet", "residual"])
+def test_all_ways_to_the_norms_agree(name):
+    """Through Gram matrices of layers or blocks, through the matrix itself, or through strips of it."""
+    module, c = sys.modules["fisherlens.coupling"], case(name)
+    F = c.fisher()
+    order = torch.randperm(F.n_params, generator=torch.Generator().manual_seed(0))
+    own = {"a": order[: F.n_params // 2], "b": order[F.n_params // 2 :]}
+    for scheme in ("layer", "unit", own):
+        parts = fl.partition(F, scheme)
+        blocks = list(parts.blocks)
+        truth = torch.stack([torch.stack([c.matrix[i][:, j].square().sum() for j in blocks]) for i in blocks])
+        for way in WAYS if scheme == "layer" else WAYS[1:]:
+            found = getattr(module, way)(F.scores, parts) / F.total_weight**2
+            assert (found - truth).abs().max() < 1e-12 * truth.max(), way
+
+
+def test_the_way_follows_size_and_memory(monkeypatch):
     module, called = sys.modules["fisherlens.coupling"], []
-    for name in ("_block_grams", "_column_norms"):
-        original = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, f=original, n=name: called.append(n) or f(*a))
-    c = case("lenet" if way == "_block_grams" else "fewer_parameters_than_examples")
-    check(c.fisher(), c.matrix, "unit")
-    assert called == [way]
+    for way in WAYS:
+        original = getattr(module, way)
+        monkeypatch.setattr(module, way, lambda *a, f=original, n=way: called.append(n) or f(*a))
+    wide, tall = case("lenet").fisher(), case("fewer_parameters_than_examples").fisher()
+    for F, scheme in ((wide, "layer"), (wide, "unit"), (tall, "unit")):
+        check(F, case("lenet" if F is wide else "fewer_parameters_than_examples").matrix, scheme)
+    assert called == ["_layer_norms", "_gram_norms", "_matrix_norms"]
+
+
+def test_many_examples_of_a_small_network():
+    """Its Gram matrices would take 10 GiB; the matrix itself is small."""
+    model, _, likelihood = make_case("tall", lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), (3,))
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(25_000, 3, generator=g, dtype=torch.float64)
+    F = fl.Fisher(model, (x, torch.zeros(25_000, dtype=torch.long)), likelihood=likelihood)
+    check(F, F.dense(), "layer")
+    with pytest.raises(
+        MemoryBudgetError, match=r"F\.gram\(\) is a matrix of order 25000, 9\.3 GiB .* over the budget of 2\.0 GiB"
+    ):
+        F.gram()
+
+
+def test_couplings_that_fit_in_no_way(monkeypatch):
+    F = case("mlp_tanh").fisher()
+    F.memory, F.scores.rows, F.scores.size = 10**6, 10**6, 10**6
+    with pytest.raises(
+        MemoryBudgetError, match=r"couplings of 3 blocks need at least .* over the budget of 976\.6 KiB"
+    ):
+        fl.coupling(F, num_null=0)
+
+
+def test_float32():
+    for name in ("mlp_tanh", "lenet", "fewer_parameters_than_examples"):
+        F, T = in_float32(name), case(name).matrix
+        for scheme in ("layer", "unit"):
+            ds = fl.coupling(F, scheme, num_null=0)
+            blocks = list(fl.partition(F, scheme).blocks)
+            assert np.allclose(ds["coupling"], reference.coupling(T, blocks), rtol=1e-4, atol=1e-4)
+            assert np.allclose(ds["noise_floor"], reference.coupling_noise_floor(T, blocks, F.n_rows, 1), rtol=1e-4)
 
 
 def test_own_partitions_and_blocks_across_layers():

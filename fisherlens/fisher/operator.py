@@ -267,13 +267,24 @@ class Fisher:
 
     def frobenius_norm(self) -> float:
         """Frobenius norm of F, √Σ F_ij², through the Gram matrix or the dense one, whichever is smaller."""
+        self._require_room("The Frobenius norm needs", min(self.n_params, self.scores.rows))
         if self.n_params <= self.scores.rows:
             return (torch.linalg.matrix_norm(self.scores.dense().double()) / self.total_weight).item()
         return (torch.linalg.matrix_norm(self.scores.full_gram().double()) / self.total_weight).item()
 
     def gram(self) -> Tensor:
         """U Uᵀ / W, one row per kept score row: the same non-zero spectrum as F."""
+        self._require_room("F.gram() is", self.scores.rows)
         return self.scores.gram() / self.total_weight
+
+    def _require_room(self, what: str, order: int) -> None:
+        """Refuse a matrix of this order that would not fit the budget, before the memory is asked for."""
+        needed = 2 * order**2 * self.dtype.itemsize
+        if order > 2000 and needed > self.memory:
+            raise MemoryBudgetError(
+                f"{what} a matrix of order {order}, {readable_bytes(needed)} with workspace, over the budget of {readable_bytes(self.memory)}. F @ v, "
+                "F.diagonal() and F.trace() need none; else use fewer examples, kind='mc' with one column each, or raise memory=."
+            )
 
     def gradient(self) -> Tensor:
         """Mean gradient of the negative log-likelihood on the same data, flat ``(P,)``; needs targets."""
