@@ -105,11 +105,11 @@ html_theme_options = {
     "logo": {"text": "fisherlens"},
     "show_prev_next": False,
     "navbar_end": ["theme-switcher"],
-    "header_links_before_dropdown": 6,
+    "header_links_before_dropdown": 5,
     "secondary_sidebar_items": ["page-toc"],
     "footer_start": ["copyright"],
     "footer_end": [],
 }
 # Only the reference has pages below it to list at the side.
 PAGES = [path.stem for path in [*HERE.glob("*.md"), *HERE.glob("*.rst")] if path.stem != "reference"]
-html_sidebars = {page: [] for page in [*PAGES, "notebooks/*"]}
+html_sidebars = {page: [] for page in [*PAGES, "notebooks/*", "howto/*"]}
