@@ -300,6 +300,8 @@ def _select(model: nn.Module, params: Sequence[str] | str | None) -> dict[str, n
                 "Set requires_grad on the parameters of interest, or pass params=[...] with their names."
             )
         return chosen
+    if not isinstance(params, (str, Sequence, set, frozenset)) or not all(isinstance(name, str) for name in params):
+        raise TypeError(f"params must be None, a name, or a list of names, layers or glob patterns; got {params!r}.")
     patterns = [params] if isinstance(params, str) else list(params)
     chosen_names: set[str] = set()
     for pattern in patterns:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fisherlens as fl
-from fisherlens.errors import InputError, MemoryBudgetError, NonFiniteError
+from fisherlens.errors import InputError, MemoryBudgetError, NonFiniteError, NumericalWarning
 
 NAN, INF = float("nan"), float("inf")
 
@@ -117,6 +117,22 @@ def test_what_is_no_model(unchanged):
     refuse(unchanged, InputError, "no parameter", nn.ReLU())
 
 
+class Unplugged(nn.Linear):
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_outputs_that_depend_on_no_parameter(unchanged):
+    model = fill(Unplugged(5, 3).double(), torch.Generator().manual_seed(0))
+    for network, options in ((model, {}), (nn.ModuleList([net(nn.Linear(5, 3)), model])[1], {"kind": "mc"})):
+        text = r"do not depend on any of the selected parameters, so F is zero.*torch\.no_grad"
+        with unchanged(network), pytest.warns(NumericalWarning, match=text) as caught:
+            F = build(network, **options)
+        assert caught[0].filename == __file__
+        assert F.trace() == 0
+
+
 def test_mixed_dtypes_and_inputs_of_another(unchanged):
     model = net(nn.Linear(5, 4), nn.Linear(4, 3))
     model[1].float()
@@ -162,6 +178,8 @@ def test_unknown_parameters(unchanged):
         params=["0.weight", "*.gain"],
     )
     refuse(unchanged, InputError, "params is an empty list", params=[])
+    for wrong in (3, [0], ["0.weight", None]):
+        refuse(unchanged, TypeError, "params must be None, a name, or a list of names", params=wrong)
     refuse(unchanged, InputError, r"params is a dict.*function f\(params, inputs\)", params={"0.weight": torch.ones(1)})
 
 

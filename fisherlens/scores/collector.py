@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fisherlens.errors import InputError, NonFiniteError
+from fisherlens.errors import InputError, NonFiniteError, NumericalWarning
 from fisherlens.likelihoods import BoundLikelihood, Likelihood
 from fisherlens.linalg.memory import Workspace
 from fisherlens.scores.draws import Draws
@@ -74,6 +75,13 @@ class Collector:
         self.mc_sampling, self.rows = mc_sampling, rows
         outputs = probe(recorder, sample)
         likelihood.check_data(outputs.shape[1:], n_data)
+        if not outputs.requires_grad:
+            warnings.warn(
+                "The outputs do not depend on any of the selected parameters, so F is zero. If that is not meant: does the model's forward run under "
+                "torch.no_grad, detach its result, or pass it through numpy?",
+                NumericalWarning,
+                stacklevel=5,
+            )
         # bound for its shapes: which examples these are does not matter
         bound = self.bind(outputs, sample, slice(0, sample.size))
         recorder.release(unexplained(recorder, sample))
