@@ -241,7 +241,9 @@ def effective_dimension(F_or_result: Any, damping: float | Sequence[float]) -> x
 
 
 def log_determinant(F_or_result: Any, damping: float | Sequence[float]) -> xr.DataArray:
-    r"""Compute log det(I + F/λ) in nat, the information that the data add to a Gaussian prior of precision λ (twice that, per example).
+    r"""Compute log det(I + F/λ) in nat.
+
+    Half of it is what N examples tell beyond a Gaussian prior of precision Nλ, in the Laplace approximation.
 
     .. math:: \log\det(I + F/\lambda) = \sum_i \log(1 + \lambda_i/\lambda)
 
