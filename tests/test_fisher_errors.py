@@ -203,7 +203,7 @@ def test_data_of_the_wrong_form(unchanged):
         ([(x, y, y)], "Batch 0 .* must be a pair .*; got tuple of length 3"),
         ([(x, y), x, y], "Batch 1 .* must be a pair .*; got Tensor"),
         ((x.numpy(), y.numpy()), "Batch 0 .* must be a pair .*; got ndarray"),
-        ("data", "Batch 0 .* must be a pair"),
+        ("data", "re-iterable of such batches; got str"),
         ([(x, y.tolist())], "targets of batch 0 must be a tensor or None; got list"),
         ([("x", y)], "inputs of a batch must hold tensors; got str"),
         ([(torch.tensor(1.0), y)], "inputs of batch 0 are a scalar"),

@@ -132,7 +132,7 @@ def _as_pair(data: Any) -> tuple[Any, Any] | None:
 
 
 def _require_reiterable(data: Any) -> None:
-    if isinstance(data, (Tensor, Mapping)) or not isinstance(data, Iterable):
+    if isinstance(data, (Tensor, Mapping, str, bytes)) or not isinstance(data, Iterable):
         raise InputError(
             f"data must be (inputs, targets) or a re-iterable of such batches; got {type(data).__name__}. "
             "For inputs without targets give (inputs, None)."
