@@ -172,7 +172,9 @@ def report(
         place = OutputFolder(folder)
         try:
             subject, source = network(model), call(data, "data")
-            tree = make_report(subject, folder, data=source, likelihood=likelihood, command=command, **options)
+            tree = make_report(
+                subject, folder, data=source, likelihood=likelihood, name=model, command=command, **options
+            )
         finally:
             place.abandon()  # nothing stays of a report that never began
     else:

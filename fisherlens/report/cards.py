@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fisherlens.report.findings import verdict
@@ -26,81 +27,81 @@ def cards(view: View) -> list[Card]:
     """The cards of a report; a number that is missing has none."""
     if view.key is None:
         return []
-    last = view.last
-    rank = view.node("spectrum")
-    possible = f"of {count(rank.sizes['rank'])} that can be non-zero" if rank is not None else ""
-    rows = [
-        ("trace", last, "Information, tr F", lambda v: f"{num(v)} nat", _before(view, "trace", num), "information"),
-        (
-            "top_eigenvalue",
-            last,
-            "Largest eigenvalue",
-            lambda v: f"{num(v)} nat",
-            _before(view, "top_eigenvalue", num),
-            "spectrum",
-        ),
-        (
-            "effective_dimension",
-            last,
-            "Effective dimension",
-            num,
-            f"of {count(view.facts['n_params'])} parameters",
-            "information",
-        ),
-        ("carry_90", last, "Eigenvalues that carry 90 %", count, possible, "spectrum"),
-        (
-            "strongest_coupling",
-            last,
-            "Strongest coupling of layers",
-            num,
-            f"noise floor {num(view.number('strongest_floor', last), 2)}",
-            "coupling",
-        ),
-        ("decrease_cwngd", last, "CW-NGD's segments keep", share, _kept(view, last), "segmentations"),
-        (
-            "one_step_correlation",
-            last,
-            "One step: predicted order",
-            lambda v: f"ρ = {num(v, 2)}",
-            _steps(view),
-            "steps",
-        ),
-        (
-            "training_correlation",
-            None,
-            "Training: predicted order",
-            lambda v: f"ρ = {num(v, 2)}",
-            _trained(view),
-            "training",
-        ),
-    ]
     found = []
-    for key, stage, label, shape, remark, section in rows:
+    for key, label, shape, remark, section in _ROWS:
+        stage = view.latest(key)
         value = view.number(key, stage)
         if value == value:
-            found.append(Card(key, stage, label, shape(value), remark, section))
+            words = [] if stage in (None, view.last) else [view.when(stage)]
+            words += [remark(view, stage)] if remark(view, stage) else []
+            found.append(Card(key, stage, label, shape(value), "; ".join(words), section))
     return found
 
 
-def _before(view: View, key: str, shape: object) -> str:
-    earlier = [f"{num(view.number(key, stage))} {view.when(stage)}" for stage in view.stages[:-1]]
-    return listing(earlier) if earlier else ""
+def _nats(value: float) -> str:
+    return f"{num(value)} nat"
 
 
-def _kept(view: View, last: str) -> str:
-    rest = [(name, view.number(f"decrease_{name}", last)) for name in ("layer", "unit", "diagonal")]
+def _rho(value: float) -> str:
+    return f"ρ = {num(value, 2)}"
+
+
+def _earlier(view: View, key: str, stage: str | None, digits: int = 3) -> str:
+    """The same number at the stages before."""
+    before = view.stages[: view.stages.index(stage)] if stage in view.stages else []
+    values = [(view.number(key, name), name) for name in before]
+    return (
+        listing([f"{num(value, digits)} {view.when(name)}" for value, name in values if value == value])
+        if before
+        else ""
+    )
+
+
+def _possible(view: View, _: str | None) -> str:
+    spectrum = view.node("spectrum")
+    return f"of {count(spectrum.sizes['rank'])} that can be non-zero" if spectrum is not None else ""
+
+
+def _kept(view: View, stage: str | None) -> str:
+    rest = [(name, view.number(f"decrease_{name}", stage)) for name in ("layer", "unit", "diagonal")]
     shown = ", ".join(f"{name} {share(value)}" for name, value in rest if value == value)
     return f"of a natural step's decrease ({shown})"
 
 
-def _steps(view: View) -> str:
-    rest = [f"{num(view.number('one_step_correlation', stage), 2)} {view.when(stage)}" for stage in view.stages[:-1]]
-    words = verdict(view.number("one_step_correlation", view.last)) + (f" {view.when(view.last)}" if rest else "")
-    return f"{words}; {listing(rest)}" if rest else words
+def _steps(view: View, stage: str | None) -> str:
+    before = _earlier(view, "one_step_correlation", stage, 2)
+    words = verdict(view.number("one_step_correlation", stage))
+    return f"{words} {view.when(stage)}; {before}" if before else words
 
 
-def _trained(view: View) -> str:
-    return f"{verdict(view.number('training_correlation'))}, over segmentations"
+_ROWS: tuple[tuple[str, str, Callable[[float], str], Callable[[View, str | None], str], str], ...] = (
+    ("trace", "Information, tr F", _nats, lambda view, stage: _earlier(view, "trace", stage), "information"),
+    ("top_eigenvalue", "Largest eigenvalue", _nats, lambda v, s: _earlier(v, "top_eigenvalue", s), "spectrum"),
+    (
+        "effective_dimension",
+        "Effective dimension",
+        num,
+        lambda v, _: f"of {count(v.facts['n_params'])} parameters",
+        "information",
+    ),
+    ("carry_90", "Eigenvalues that carry 90 %", count, _possible, "spectrum"),
+    (
+        "strongest_coupling",
+        "Strongest coupling of layers",
+        num,
+        lambda view, stage: f"noise floor {num(view.number('strongest_floor', stage), 2)}",
+        "coupling",
+    ),
+    ("decrease_cwngd", "CW-NGD's segments keep", share, _kept, "segmentations"),
+    ("one_step_correlation", "One step: predicted order", _rho, _steps, "steps"),
+    (
+        "training_correlation",
+        "Training: predicted order",
+        _rho,
+        lambda view, _: f"{verdict(view.number('training_correlation'))}, over segmentations",
+        "training",
+    ),
+)
 
 
 def render(found: list[Card], view: View) -> str:

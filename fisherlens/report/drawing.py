@@ -65,7 +65,7 @@ def relations(found: xr.Dataset, canvas: MakeCanvas, stage: str) -> Canvas:
     for place in range(1, len(rows)):
         if rows[place][0] != rows[place - 1][0]:
             ax.axhline(place - 0.5, color=common.GRID, linewidth=1.0)
-    ax.set_xlabel(f"coupling of two segments, {stage}")
+    ax.set_xlabel("coupling of two segments" + (f", {stage}" if stage else ""))
     common.tidy(ax, grid="x")
     from matplotlib.lines import Line2D
 
@@ -115,7 +115,7 @@ def one_step(found: xr.Dataset, canvas: MakeCanvas) -> Canvas:
         for axis in (ax.xaxis, ax.yaxis):
             _few_ticks(axis, values)
         ax.set_box_aspect(1)
-        ax.set_title(stage, fontsize=10, loc="left")
+        ax.set_title(stage if len(stages) > 1 else "", fontsize=10, loc="left")
         ax.set_xlabel("predicted decrease [nat]")
         common.tidy(ax)
     axes[0].set_ylabel("measured decrease of the loss [nat]")
@@ -123,7 +123,14 @@ def one_step(found: xr.Dataset, canvas: MakeCanvas) -> Canvas:
     for ax in axes:
         handles, texts = ax.get_legend_handles_labels()
         keys |= dict(zip(texts, handles, strict=True))
-    figure.legend(keys.values(), keys.keys(), loc="outside upper left", ncols=5, frameon=False, fontsize=9)
+    figure.legend(
+        keys.values(),
+        keys.keys(),
+        loc="outside upper left",
+        ncols=5 if len(stages) > 1 else 3,
+        frameon=False,
+        fontsize=9,
+    )
     return figure
 
 

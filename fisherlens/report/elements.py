@@ -39,7 +39,9 @@ class Section:
 
 def text(words: object) -> str:
     """Escape, then turn ``**strong**`` and ```code``` into elements."""
-    safe = _UNIT.sub("\u00a0", html.escape(str(words), quote=False))  # a number and its unit stay on one line
+    safe = _UNIT.sub(
+        "\u00a0", html.escape(str(words), quote=False).replace(" = ", "\u00a0=\u00a0")
+    )  # a number and its unit stay on one line
     return _STRONG.sub(r"<strong>\1</strong>", _CODE.sub(r"<code>\1</code>", safe))
 
 
@@ -85,10 +87,8 @@ def table(
             cell(v, c, "th" if c == 0 else "td", ' scope="row"' if c == 0 else "") for c, v in enumerate(row)
         )
         lines.append(f"<tr{_class('strong' if place in strong else '')}>{cells}</tr>")
-    return (
-        f'<div class="table"><table><caption>{text(caption)}</caption><thead><tr>{top}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
+    body = f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    return f'<figure class="table"><div class="scroll">{body}</div><figcaption>{text(caption)}</figcaption></figure>'
 
 
 def figure(picture: Figure | None, caption: str, alt: str = "") -> str:

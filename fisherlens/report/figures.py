@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fisherlens import plots
+from fisherlens.errors import FisherLensError
 from fisherlens.plots._common import INK, PALETTE
 from fisherlens.report import findings
 from fisherlens.report.blocks import SEGMENTS
@@ -37,7 +38,10 @@ def draw_all(tree: xr.DataTree) -> dict[str, Figure]:
             "ignore"
         )  # of the layout, where a very small figure has no room; the picture is still drawn
         for number, (name, draw) in enumerate(_FIGURES.items(), start=1):
-            canvas = draw(tree)
+            try:
+                canvas = draw(tree)
+            except FisherLensError:  # nothing that a plot could put on its axes, such as a spectrum of zeros
+                continue
             if canvas is None:
                 continue
             buffer = io.BytesIO()
@@ -51,6 +55,12 @@ def _canvas(height: float, width: float = _WIDTH) -> Canvas:
     from matplotlib.figure import Figure as Canvas
 
     return Canvas(figsize=(width, height), layout="constrained")
+
+
+def _title(ax: Any, tree: xr.DataTree, stage: str) -> None:
+    """Name the stage of a panel, where there are several."""
+    if len(findings.stages_of(tree)) > 1:
+        ax.set_title(stage, fontsize=10, loc="left")
 
 
 def _information(tree: xr.DataTree) -> Canvas | None:
@@ -72,21 +82,23 @@ def _spread(values: xr.DataArray) -> float:
 
 
 def _units(tree: xr.DataTree) -> Canvas | None:
+    from matplotlib.ticker import MaxNLocator
+
     found = findings.node(tree, "units")
     if found is None:
         return None
     canvas = _canvas(3.7)
-    stages = findings.stages_of(tree)
+    stages = [str(name) for name in found.stage.values]
     shown = [stages[0], stages[-1]] if len(stages) > 1 else stages
     axes = np.atleast_1d(canvas.subplots(1, len(shown)))
     for ax, stage in zip(axes, shown, strict=True):
         one = found.sel(stage=stage, drop=True)
         told = one.information
         told = told.where(told > SILENT * told.max(), 0.0)
-        plots.information(
-            one.assign(information=told), ax, scale="log" if bool((told > 0).any()) else "auto", legend=False
-        )
-        ax.set_title(stage, fontsize=10, loc="left")
+        scale = "log" if _spread(told) > 10 else "linear"
+        plots.information(one.assign(information=told), ax, scale=scale, legend=False)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _title(ax, tree, stage)
     for ax in axes[1:]:
         ax.set_ylabel("")
     layers = list(dict.fromkeys(str(name) for name in found.layer.values))
@@ -112,11 +124,12 @@ def _spectrum_layers(tree: xr.DataTree) -> Canvas | None:
     found = findings.node(tree, "spectrum")
     if found is None or found.sizes["layer"] < 3:  # a single layer is the whole
         return None
-    stages = findings.stages_of(tree)
+    stages = [str(name) for name in found.stage.values]
     shown = [stages[0], stages[-1]] if len(stages) > 1 else stages
     canvas = _canvas(4.6, _WIDTH if len(shown) > 1 else 6.4)
     for part, stage in zip(np.atleast_1d(canvas.subfigures(1, len(shown))), shown, strict=True):
-        part.suptitle(stage, fontsize=11, x=0.02, ha="left")
+        if len(stages) > 1:
+            part.suptitle(stage, fontsize=11, x=0.02, ha="left")
         plots.spectrum(found.sel(stage=stage, drop=True), part.subplots())
     return canvas
 
@@ -125,12 +138,12 @@ def _coupling(tree: xr.DataTree) -> Canvas | None:
     found = findings.node(tree, "coupling")
     if found is None or found.sizes["block_i"] < 2:
         return None
-    stages = [stage for stage in findings.stages_of(tree) if stage in found.stage.values]
+    stages = [str(name) for name in found.stage.values]
     canvas = _canvas(3.5 if len(stages) > 1 else 4.8, _WIDTH if len(stages) > 1 else 6.0)
     axes = np.atleast_1d(canvas.subplots(1, len(stages)))
     for ax, stage in zip(axes, stages, strict=True):
         plots.coupling(found.sel(stage=stage, drop=True), ax, colorbar=stage == stages[-1], legend=False)
-        ax.set_title(stage, fontsize=10, loc="left")
+        _title(ax, tree, stage)
         ax.set_xlabel("")
         ax.set_ylabel("")
     return canvas
@@ -140,20 +153,22 @@ def _segments(tree: xr.DataTree) -> Canvas | None:
     layers = _segment_layers(tree)
     if not layers:
         return None
-    last = findings.stages_of(tree)[-1]
     columns = min(2, len(layers))
     rows = -(-len(layers) // columns)
     canvas = _canvas(4.5 * rows, _WIDTH if columns > 1 else 6.0)
     axes = np.atleast_1d(canvas.subplots(rows, columns)).ravel()
     for ax, (layer, found) in zip(axes, layers.items(), strict=False):
-        stage = last if last in found.stage.values else str(found.stage.values[-1])
+        stage = str(found.stage.values[-1])
         few = found.sizes["block_i"] <= 16
         one = found.sel(stage=stage, drop=True)
         heard = ~silent(one)
         both = heard[:, None] & heard
         one = one.assign(coupling=one.coupling.where(both), noise_floor=one.noise_floor.where(both))
         plots.coupling(one, ax, annotate=few, show_significant=few, legend=False, boundaries=False)
-        ax.set_title(f"{layer}: {found.sizes['block_i']} segments, {stage}", fontsize=10, loc="left")
+        several = len(findings.stages_of(tree)) > 1
+        ax.set_title(
+            f"{layer}: {found.sizes['block_i']} segments" + (f", {stage}" if several else ""), fontsize=10, loc="left"
+        )
         ax.set_ylabel("")
         ax.set_xlabel(
             _place_ticks(ax, [str(label).removeprefix(layer) for label in found.block_i.values], few), fontsize=9
@@ -182,7 +197,7 @@ def _place_ticks(ax: Any, labels: list[str], every: bool) -> str:
     pairs = any("," in name for name in names)
     places = list(range(len(names)))
     if not every:
-        outputs = [name.split(",")[0] for name in names]
+        outputs = [name.split(",")[0] + ("]" if "[" in name and "," in name else "") for name in names]
         starts = [place for place in places if place == 0 or outputs[place - 1] != outputs[place]]
         places = starts[:: max(1, -(-len(starts) // 8))]
         names = outputs
@@ -206,7 +221,7 @@ def _relations(tree: xr.DataTree) -> Canvas | None:
     if found is None:
         return None
     stage = str(found.stage.values[-1])
-    return relations(found.sel(stage=stage, drop=True), _canvas, stage)
+    return relations(found.sel(stage=stage, drop=True), _canvas, stage if len(findings.stages_of(tree)) > 1 else "")
 
 
 def _segmentations(tree: xr.DataTree) -> Canvas | None:
@@ -221,6 +236,8 @@ def _segmentations(tree: xr.DataTree) -> Canvas | None:
     plots.independence_panels(whole, axes, variables=names, legend=False)
     for ax in axes.values():
         ax.set_xlabel("")
+        if found.sizes["stage"] == 1:
+            ax.set_xticks([])
     _legend_on_top(canvas, axes["energy_captured"], [str(name) for name in found.partition.values])
     return canvas
 
@@ -244,7 +261,7 @@ def _segmentations_layers(tree: xr.DataTree) -> Canvas | None:
     stage = str(found.stage.values[-1])
     ax = canvas.subplots()
     plots.independence(found.sel(stage=stage, drop=True), ax, variable="decrease_ratio", legend=False)
-    ax.set_title(stage, fontsize=10, loc="left")
+    _title(ax, tree, stage)
     _legend_on_top(canvas, ax, [str(name) for name in found.partition.values])
     return canvas
 

@@ -123,7 +123,8 @@ def key_numbers(tree: xr.DataTree) -> xr.Dataset | None:
 
     def dimension(stage: str) -> float:
         part = at(whole, stage)
-        return np.nan if part is None else float(effective_dimension(part, float(facts.damping.sel(stage=stage))))
+        damping = float(facts.damping.sel(stage=stage))
+        return np.nan if part is None or not damping > 0 else float(effective_dimension(part, damping))
 
     per_stage("trace", "trace of F", "nat", lambda stage: facts.trace.sel(stage=stage))
     per_stage("top_eigenvalue", "largest eigenvalue of F", "nat", lambda stage: facts.top_eigenvalue.sel(stage=stage))

@@ -6,6 +6,8 @@ import html
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from fisherlens.report import cards
 from fisherlens.report.elements import Figure, Section, note, paragraph, text
 from fisherlens.report.sections import ANSWERS, made, words_used
@@ -25,7 +27,8 @@ _STATUS = {
 def page(tree: xr.DataTree, pictures: Mapping[str, Figure]) -> str:
     """Write the page of a report from its results and figures; it loads nothing from anywhere."""
     view = View(tree, pictures)
-    answers = [build(view) for build in ANSWERS if view.trained or build.__name__ != "training"]
+    with np.errstate(all="ignore"):  # a ratio of zeros is shown as a dash
+        answers = [build(view) for build in ANSWERS if view.trained or build.__name__ != "training"]
     rest = [made(view), words_used()]
     title = f"Fisher report: {view.facts['subject']}"
     return (

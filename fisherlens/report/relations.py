@@ -17,7 +17,7 @@ ALPHA = 0.05  # level of the adjusted p-values, by convention
 RELATIONS = ("all pairs", "same output", "same input", "neither", "with a bias")
 # A segment whose matrix is smaller than this share of the largest one's tells nothing; what is left of it is rounding.
 SILENT = 1e-9
-_PLACE = re.compile(r"(\d+),(\d+)$")
+_PLACE = re.compile(r"(\d+),(\d+)\]?$")
 
 
 def relations(couplings: Mapping[str, xr.Dataset], operator: Any) -> xr.Dataset:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,6 +52,7 @@ def report(
     seed: int = 0,
     device: str | torch.device | None = None,
     memory: str | float = "2GiB",
+    name: str | None = None,
     command: str | None = None,
     progress: bool | None = None,
 ) -> xr.DataTree:
@@ -87,6 +89,8 @@ def report(
         of its own.
     device
         ``"cpu"``, ``"cuda"``, ``"auto"``; None leaves a network where it is.
+    name
+        What to call the network on the page; by default the problem's name, or the class of your own network.
     command
         What to print on the page as the way to make it again; None writes the call.
     progress
@@ -109,7 +113,7 @@ def report(
     An analysis that fails on its own, such as a spectrum over the memory budget, does not stop the others; its section says
     what happened. ``report.nc`` is saved after every few seconds of work, so a killed run keeps what it had.
 
-    Networks of up to 50,000 parameters on a CPU are analysed on one thread, and the number of threads is put back afterwards.
+    Networks of up to 200,000 parameters on a CPU are analysed on one thread, and the number of threads is put back afterwards.
 
     Cost: about 45 seconds on two cores for ``"digits-cnn"``.
 
@@ -123,7 +127,7 @@ def report(
     >>> tree["coupling"].coupling.sizes["block_i"]
     2
     """
-    for name, value, least in (
+    for option, value, least in (
         ("num_examples", num_examples, 1),
         ("num_null", num_null, 0),
         ("num_steps", num_steps, 1),
@@ -131,14 +135,18 @@ def report(
         ("batch_size", batch_size, 1),
         ("seed", seed, 0),
     ):
-        _check_whole(name, value, least)
+        _check_whole(option, value, least)
     if kind not in KINDS:
         raise InputError(UNKNOWN_NAME.format(what="kind", name=kind, hint=nearest(str(kind), KINDS)))
     damping = None if damping is None else check_damping(damping)
     parse_memory(memory)
     chosen = find_subject(subject, data, likelihood, find_device(device), seed)
+    chosen = chosen if name is None else replace(chosen, name=str(name))
     folder = OutputFolder(out)
-    setting = stages.Setting(kind, mc_samples, memory, damping, num_null, seed)
+    bars = (
+        progress if chosen.problem is None else False
+    )  # a user's network may be large, so that its parts need bars of their own
+    setting = stages.Setting(kind, mc_samples, memory, damping, num_null, seed, bars)
     plan = _Training(num_steps, batch_size, tuple(range(seed, seed + num_seeds)), find_device(device))
     store = Store(folder.path, _facts(chosen, setting, command or _call(chosen, out), num_steps))
     status, reason = "complete", ""

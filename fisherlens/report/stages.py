@@ -45,6 +45,7 @@ class Setting:
     damping: float | None
     num_null: int
     seed: int
+    bars: bool | None
 
 
 def analyse(
@@ -63,13 +64,17 @@ def analyse(
         store.put("spectrum", spectrum(F, by="layer"), stage)
     tick(f"{stage}: information", WEIGHTS["spectrum"])
 
+    top = damping = float("nan")
     with store.task("largest eigenvalue", stage):
         top = _largest(store, stage, F, setting.seed)
         damping = setting.damping or DAMPING_SHARE * top
         loss = _loss(model, data, F) if has_targets else float("nan")
         store.put("fisher", _facts(F, top, damping, loss), stage)
     if not top > 0:
-        reason = "F is zero: no output depends on any parameter here, so there is nothing to analyse."
+        zero = "F is zero: no output depends on any parameter here, so there is nothing to analyse."
+        reason = (
+            zero if F.trace() == 0 else "F is not finite: the squares of its scores overflow, so it cannot be analysed."
+        )
         store.log("all further analyses", stage, "failed", reason)
         tick(stage, STAGE_WEIGHT - WEIGHTS["spectrum"])
         return
@@ -81,7 +86,9 @@ def analyse(
 
     with store.task("coupling of layers", stage):
         store.put(
-            "coupling", coupling(F, "layer", num_null=setting.num_null, seed=setting.seed, progress_bar=False), stage
+            "coupling",
+            coupling(F, "layer", num_null=setting.num_null, seed=setting.seed, progress_bar=setting.bars),
+            stage,
         )
     tick(f"{stage}: segments", WEIGHTS["coupling"])
 
@@ -90,7 +97,9 @@ def analyse(
     with store.task("independence", stage):
         _require_targets(has_targets)
         store.put(
-            "independence", independence(F, segmentations(F, setting.seed), damping=damping, progress_bar=False), stage
+            "independence",
+            independence(F, segmentations(F, setting.seed), damping=damping, progress_bar=setting.bars),
+            stage,
         )
     tick(f"{stage}: one step", WEIGHTS["independence"])
 
@@ -165,7 +174,7 @@ def _segments(store: Store, stage: str, F: Fisher, setting: Setting, tick: Calla
         else:
             with store.task(task, stage):
                 draws = min(setting.num_null, SEGMENT_NULL)
-                found[name] = coupling(part, blocks, num_null=draws, seed=setting.seed, progress_bar=False)
+                found[name] = coupling(part, blocks, num_null=draws, seed=setting.seed, progress_bar=setting.bars)
                 store.put(f"segments/{name.replace('/', '_')}", found[name], stage)
         tick(f"{stage}: segments of {name}", WEIGHTS["segments"] / len(names))
     if found:

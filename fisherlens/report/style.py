@@ -46,9 +46,9 @@ figure { margin: 1.8rem 0; }
 figure img { display: block; max-width: 100%; height: auto; }
 figcaption { max-width: 46rem; margin-top: 0.6rem; font-size: 0.88rem; line-height: 1.5; color: var(--soft); }
 figcaption strong { color: var(--ink); }
-.table { overflow-x: auto; margin: 1.6rem 0; }
+.table { margin: 1.6rem 0; }
+.scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.85rem; line-height: 1.4; }
-caption { caption-side: bottom; text-align: left; padding-top: 0.6rem; color: var(--soft); font-size: 0.88rem; line-height: 1.5; max-width: 46rem; }
 th, td { padding: 0.36rem 0.62rem; text-align: left; vertical-align: top; }
 th:first-child, td:first-child { padding-left: 0.2rem; }
 thead th { vertical-align: bottom; font-weight: 600; border-bottom: 1.5px solid var(--ink); white-space: nowrap; }
@@ -80,10 +80,10 @@ dd { margin: 0; }
   nav { display: none; }
   main { padding: 0; }
   section { margin-top: 1.6rem; padding-top: 1.1rem; }
-  p, ul, ol, dl, figcaption, caption, .note, .warning, .missing, .caveat { max-width: none; }
+  p, ul, ol, dl, figcaption, .note, .warning, .missing, .caveat { max-width: none; }
   h2, h3, .question, .headline { break-after: avoid; }
   figure, .table, .card, li, tr, dt, dd { break-inside: avoid; }
-  .table { overflow: visible; }
+  .scroll { overflow: visible; }
   table { font-size: 7.6pt; }
   th, td { padding: 0.22rem 0.4rem; }
   thead th, .n { white-space: normal; }

@@ -21,7 +21,7 @@ _MOST_ROWS = 2500  # order of the Gram matrix up to which the complete spectra t
 
 _NEEDS = (
     'A report on your own network needs data=(inputs, targets) and likelihood="categorical", "bernoulli" or "gaussian"; '
-    '{missing} is missing. For one of the ready problems pass its name, such as fl.report("digits-cnn").'
+    'Missing: {missing}. For one of the ready problems pass its name, such as fl.report("digits-cnn").'
 )
 _HAS = "{name!r} is a problem, which brings its own data and likelihood; got {given} as well. Leave it out, or build fl.Problem(...)."
 
@@ -84,7 +84,14 @@ def find_subject(
     model = copy.deepcopy(subject).eval()
     model = model if device is None else model.to(device)
     name = type(subject).__name__
-    return Subject(name, f"The network {name}, as it stands.", model, data, found, None)
+    return Subject(
+        name,
+        f"A network of class {name}, analysed as it stands, on a copy in evaluation mode.",
+        model,
+        data,
+        found,
+        None,
+    )
 
 
 def device_of(model: nn.Module) -> torch.device:

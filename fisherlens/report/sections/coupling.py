@@ -114,11 +114,11 @@ def _table(view: View, found: xr.Dataset) -> str:
     tested = "p_adjusted" in found
     head = [
         "Pair of layers",
-        *(f"coupling\n{stage}" for stage in known),
-        f"noise floor\n{known[-1]}",
+        *(view.head("coupling", stage) for stage in known),
+        view.head("noise floor", known[-1]),
         "times the\nfloor",
     ]
-    head += [f"adjusted p\n{stage}" for stage in known] if tested else []
+    head += [view.head("adjusted p", stage) for stage in known] if tested else []
     rows = []
     for i, j in pairs[:_MOST_ROWS]:
         rho, floor = float(last.coupling[i, j]), float(last.noise_floor[i, j])

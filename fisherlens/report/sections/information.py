@@ -12,6 +12,7 @@ from fisherlens.report.words import change, count, listing, num, share, times
 if TYPE_CHECKING:
     import xarray as xr
 
+_MANY = 10  # units of which a tenth is one
 _LENGTH = 0.1  # of the change of parameters that the text takes as an example
 
 
@@ -59,6 +60,8 @@ def information(view: View) -> Section:
 def _largest(found: xr.Dataset, when: str) -> str:
     top = int(found.share.values.argmax())
     layer, size = str(found.layer.values[top]), float(found["size"][top] / found["size"].sum())
+    if len(found.layer) < 2:
+        return ""
     return f"The largest share, **{share(float(found.share[top]))}**, sits in `{layer}`, which has {share(size)} of the parameters."
 
 
@@ -105,12 +108,12 @@ def _places(view: View, found: xr.Dataset) -> str:
         f"Per parameter, `{names[top]}` is the most informative layer, with {times(float(dense[top]))} the network's mean, and `{names[low]}` the "
         f"least, with {times(float(dense[low]))} it."
     )
-    first = view.known(found)[0]
-    if first != view.last:
+    first, last = view.known(found)[0], view.known(found)[-1]
+    if first != last:
         moved = one.share - found.share.sel(stage=first)
         place = int(abs(moved).values.argmax())
         text += (
-            f" The largest shift from {first} to {view.last} is in `{names[place]}`, from {share(float(found.share.sel(stage=first)[place]))} to "
+            f" The largest shift from {first} to {last} is in `{names[place]}`, from {share(float(found.share.sel(stage=first)[place]))} to "
             f"{share(float(one.share[place]))} of the trace."
         )
     return text
@@ -135,8 +138,8 @@ def _table(view: View, found: xr.Dataset) -> str:
         "Layer",
         "Parameters",
         "share",
-        *(f"Trace [nat]\n{stage}" for stage in known),
-        *(f"share\n{stage}" for stage in known),
+        *(view.head("Trace [nat]", stage) for stage in known),
+        *(view.head("share", stage) for stage in known),
     ]
     head += ["Per parameter\nover the mean", "Effective\ndimension"]
     rows = []
@@ -155,7 +158,7 @@ def _table(view: View, found: xr.Dataset) -> str:
         row = ["whole network", count(total), "100 %"]
         row += [num(float(found.information.sel(stage=stage).sum())) for stage in known] + ["100 %"] * len(known)
         rows.append([*row, "1 ×", num(view.number("effective_dimension", last))])
-    caption = f"Information by layer; the last two columns {view.when(last)}. Traces add up over layers; effective dimensions do not, because coupled layers determine the same directions."
+    caption = f"Information by layer{'' if len(known) < 2 else '; the last two columns ' + view.when(last)}. Traces add up over layers; effective dimensions do not, because coupled layers determine the same directions."
     return table(head, rows, caption, strong=[len(rows) - 1] if len(rows) > 1 else [])
 
 
@@ -166,12 +169,14 @@ def _units(view: View, units: xr.Dataset) -> str:
     total, quiet = told.sizes["unit"], int(silent.sum())
     order = told.values[told.values.argsort()[::-1]]
     tenth = max(1, round(0.1 * total))
-    text = (
-        f"Unit by unit, {view.when(stage)}: the {tenth} most informative of {total} units (a tenth) carry "
-        f"{share(float(order[:tenth].sum() / max(order.sum(), 1e-300)))} of the trace."
-    )
+    text = ""
+    if total >= 2 * _MANY:
+        text = (
+            f"Unit by unit, {view.when(stage)}: the {tenth} most informative of {total} units (a tenth) carry "
+            f"{share(float(order[:tenth].sum() / max(order.sum(), 1e-300)))} of the trace. "
+        )
     if not quiet:
-        return text + " Every unit tells something."
+        return text + "Every unit tells something."
     layers = [str(name) for name in units.layer.values]
     by_layer = [
         f"{sum(bool(silent[place]) for place, name in enumerate(layers) if name == layer)} of {layers.count(layer)} in `{layer}`"
@@ -179,6 +184,6 @@ def _units(view: View, units: xr.Dataset) -> str:
         if any(bool(silent[place]) for place, name in enumerate(layers) if name == layer)
     ]
     return (
-        f"{text} **{quiet} of {total} units tell nothing** ({listing(by_layer)}): on these examples no output depends on their weights, as "
+        f"{text}**{quiet} of {total} units tell nothing** ({listing(by_layer)}): on these examples no output depends on their weights, as "
         "behind a ReLU that is never on."
     )

@@ -26,6 +26,7 @@ MEANING = {
     "diagonal": "every parameter alone",
 }
 _CLOSE = 0.02  # difference in a share that is called none
+_SLIGHT = 0.005  # the same for energies
 
 
 def segmentations(view: View) -> Section:
@@ -40,7 +41,8 @@ def segmentations(view: View) -> Section:
     one = found.sel(stage=last, layer=WHOLE)
     names = [str(name) for name in one.partition.values]
     kept = {name: float(one.decrease_ratio.sel(partition=name)) for name in names}
-    section.headline = _headline(view, kept, last)
+    alone = _alone(one, int(view.facts["n_params"]))
+    section.headline = _headline(view, kept, last, compare=not alone)
     section.add(
         bullets([f"`{name}`: {MEANING[name]}." for name in names if name in MEANING]),
         paragraph(
@@ -59,8 +61,7 @@ def segmentations(view: View) -> Section:
         bullets(
             [
                 _energy(view, one, names, last),
-                _contents(kept, last, view),
-                _borders(kept),
+                *([alone] if alone else [_contents(kept), _borders(kept)]),
                 _coarse(kept),
                 _course(view, found, names),
             ]
@@ -70,13 +71,13 @@ def segmentations(view: View) -> Section:
             "**Decrease ratio by layer**: each layer's own block of F, its own gradient. Where a segmentation is near 1 in every layer but lower for the whole "
             "network, the loss comes from couplings between layers.",
         ),
-        _layer_table(found.sel(stage=last), last),
+        _layer_table(view, found.sel(stage=last), last),
         view.troubles("independence"),
     )
     return section
 
 
-def _headline(view: View, kept: dict[str, float], last: str) -> str:
+def _headline(view: View, kept: dict[str, float], last: str, *, compare: bool) -> str:
     if SEGMENTS not in kept or not np.isfinite(kept[SEGMENTS]):
         return "The segmentations could be judged only in part; see the table."
     text = f"CW-NGD's segments keep **{share(kept[SEGMENTS])}** of the decrease of a natural-gradient step {view.when(last)}"
@@ -87,7 +88,7 @@ def _headline(view: View, kept: dict[str, float], last: str) -> str:
     ]
     text += f"; it is {listing(rest)}." if rest else "."
     control = kept.get("shuffled", np.nan)
-    if np.isfinite(control):
+    if np.isfinite(control) and compare:
         gain = kept[SEGMENTS] - control
         text += f" Random blocks of the same sizes keep {share(control)}" + (
             ", so what is inside the segments matters."
@@ -100,37 +101,43 @@ def _headline(view: View, kept: dict[str, float], last: str) -> str:
 
 
 def _energy(view: View, one: xr.Dataset, names: list[str], last: str) -> str:
-    below = [
-        name
-        for name in names
-        if float(one.energy_captured.sel(partition=name)) < float(one.energy_noise_floor.sel(partition=name)) - 1e-6
-    ]
-    best = max(
-        names,
-        key=lambda name: float(one.energy_captured.sel(partition=name) - one.energy_noise_floor.sel(partition=name)),
-    )
-    gain = float(one.energy_captured.sel(partition=best) - one.energy_noise_floor.sel(partition=best))
-    text = (
-        f"**Energy.** Furthest above the chance level {view.when(last)} are `{best}` blocks: they hold {share(float(one.energy_captured.sel(partition=best)))} "
-        f"of ‖F‖², against {share(float(one.energy_noise_floor.sel(partition=best)))} for random blocks of the same sizes."
-        if gain > 0
-        else f"**Energy.** No segmentation holds more of ‖F‖² than random blocks of the same sizes {view.when(last)}."
-    )
-    if below:
-        values = listing(
-            [
-                f"`{name}` ({share(float(one.energy_captured.sel(partition=name)))} against {share(float(one.energy_noise_floor.sel(partition=name)))})"
-                for name in below
-            ]
+    held = {name: float(one.energy_captured.sel(partition=name)) for name in names}
+    chance = {name: float(one.energy_noise_floor.sel(partition=name)) for name in names}
+    known = [name for name in names if np.isfinite(held[name]) and np.isfinite(chance[name])]
+    if not known:
+        return ""
+    best = max(known, key=lambda name: held[name] - chance[name])
+    if held[best] - chance[best] > _SLIGHT:
+        text = (
+            f"**Energy.** Furthest above chance {view.when(last)} are `{best}` blocks: they hold {share(held[best])} of ‖F‖², against "
+            f"{share(chance[best])} for random blocks of the same sizes."
         )
+    else:
+        text = f"**Energy.** No segmentation holds more of ‖F‖² than random blocks of the same sizes {view.when(last)}."
+    below = [name for name in known if held[name] < chance[name] - _SLIGHT]
+    if not below:
+        return text
+    text += f" Below chance: {listing([f'`{name}` ({share(held[name])} against {share(chance[name])})' for name in below])}."
+    if len(view.node("independence").layer) > 2:
         text += (
-            f" Below chance: {values}. Random blocks mix layers, so they catch couplings between layers that these drop; energy alone does not say "
-            "which blocks make a good step."
+            " Random blocks mix layers, so they catch couplings between layers that these drop; energy alone does not say which blocks "
+            "make a good step."
         )
     return text
 
 
-def _contents(kept: dict[str, float], last: str, view: View) -> str:
+def _alone(one: xr.Dataset, params: int) -> str:
+    """A remark where the rule of CW-NGD leaves most parameters alone, so that its controls cannot differ from it."""
+    blocks = int(one.num_blocks.sel(partition=SEGMENTS)) if SEGMENTS in one.partition.values else 0
+    if blocks <= params / 2:
+        return ""
+    return (
+        f"**CW-NGD's rule leaves most parameters alone here**: it cuts {count(params)} of them into {count(blocks)} blocks, because it takes dense "
+        "weights with more than 16 plain inputs one by one. It is close to `diagonal`, and its controls hardly differ from it."
+    )
+
+
+def _contents(kept: dict[str, float]) -> str:
     if (
         not {SEGMENTS, "shuffled", "diagonal"} <= kept.keys()
         or not np.isfinite([kept[SEGMENTS], kept["shuffled"], kept["diagonal"]]).all()
@@ -147,7 +154,7 @@ def _contents(kept: dict[str, float], last: str, view: View) -> str:
 
 def _points(gain: float) -> str:
     """A difference of two shares."""
-    return f"{num(100 * gain, 2)} points"
+    return f"{100 * gain:.1f} points".replace("-", "−")
 
 
 def _borders(kept: dict[str, float]) -> str:
@@ -188,7 +195,7 @@ def _course(view: View, found: xr.Dataset, names: list[str]) -> str:
 
 def _table(view: View, whole: xr.Dataset) -> str:
     known = view.known(whole)
-    head = ["Segmentation", "blocks", "largest", "memory", *(f"decrease\n{stage}" for stage in known)]
+    head = ["Segmentation", "blocks", "largest", "memory", *(view.head("decrease", stage) for stage in known)]
     last = known[-1]
     head += ["cosine", "energy", "random\nblocks", "condition\nnumber", "KL\n[nat]"]
     rows = []
@@ -207,13 +214,13 @@ def _table(view: View, whole: xr.Dataset) -> str:
         rows.append(row)
     marked = [place for place, name in enumerate(whole.partition.values) if name == SEGMENTS]
     caption = (
-        f"The whole network; the last five columns {view.when(last)}. “Decrease” is the decrease ratio, “random blocks” the energy expected of random blocks of the same sizes. KL is the total correlation between blocks: the divergence, in nat, of the block-wise Gaussian with covariance (F_b + λ)⁻¹ "
+        f"The whole network{'' if len(known) < 2 else '; the last five columns ' + view.when(last)}. “Decrease” is the decrease ratio, “random blocks” the energy expected of random blocks of the same sizes. KL is the total correlation between blocks: the divergence, in nat, of the block-wise Gaussian with covariance (F_b + λ)⁻¹ "
         "from the exact one."
     )
     return table(head, rows, caption, strong=marked)
 
 
-def _layer_table(one: xr.Dataset, stage: str) -> str:
+def _layer_table(view: View, one: xr.Dataset, stage: str) -> str:
     layers = [str(name) for name in one.layer.values if name != WHOLE]
     if len(layers) < 2:
         return ""
@@ -223,4 +230,4 @@ def _layer_table(one: xr.Dataset, stage: str) -> str:
         for name in [str(entry) for entry in one.partition.values]
     ]
     marked = [place for place, name in enumerate(one.partition.values) if name == SEGMENTS]
-    return table(head, rows, f"Decrease ratio by layer, {stage}.", strong=marked)
+    return table(head, rows, f"Decrease ratio by layer{view.at(stage)}.", strong=marked)

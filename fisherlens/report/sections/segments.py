@@ -155,7 +155,11 @@ def _table(view: View, found: xr.Dataset, last: str) -> str:
         else ""
     )
     return table(
-        head, rows, f"Segments by what they share, {last}. Strongest pairs: {strongest}.{test}", words=2, strong=strong
+        head,
+        rows,
+        f"Segments by what they share{view.at(last)}. Strongest pairs: {strongest}.{test}",
+        words=2,
+        strong=strong,
     )
 
 

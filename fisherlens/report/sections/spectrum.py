@@ -43,7 +43,7 @@ def spectrum(view: View) -> Section:
         view.picture(
             "spectrum",
             "**The complete spectrum of the whole network.** Left: every eigenvalue over its rank; hollow marks and grey ground are below the "
-            "noise floor n·ε·λ_max, where rounding decides. Right: how much of the trace the largest eigenvalues carry together.",
+            "noise floor n·ε·λ₁, where rounding decides. Right: how much of the trace the largest eigenvalues carry together.",
         ),
         _stage_table(view, whole),
         paragraph(_by_layer(view, found.sel(stage=last))),
@@ -52,7 +52,7 @@ def spectrum(view: View) -> Section:
             "**Spectra by layer**: the diagonal block of each layer, and the whole network in black. Where the black curve is well above all "
             "others, couplings between layers add up to directions that no layer shows alone.",
         ),
-        _layer_table(found.sel(stage=last), last),
+        _layer_table(view, found.sel(stage=last), last),
         view.troubles("spectrum"),
     )
     return section
@@ -61,15 +61,23 @@ def spectrum(view: View) -> Section:
 def _complete(view: View, one: xr.Dataset, possible: int) -> str:
     params, rows = int(view.facts["n_params"]), int(view.facts["n_data"]) * int(view.facts["n_columns"])
     above, floor = int(one.num_above_noise), float(one.noise_floor)
-    text = f"This is all of it, computed exactly and not sampled. F has {count(params)} eigenvalues; "
+    text = "This is all of it, computed exactly and not sampled. "
     if possible < params:
         text += (
-            f"{count(params - possible)} of them are exactly zero, because {count(view.facts['n_data'])} examples with {view.facts['n_columns']} "
-            f"score columns each span at most {count(rows)} directions. "
+            f"Of the {count(params)} eigenvalues of F, {count(params - possible)} are exactly zero, because {count(view.facts['n_data'])} examples with "
+            f"{view.facts['n_columns']} score columns each span at most {count(rows)} directions. "
         )
-    return text + (
-        f"Of the {count(possible)} that can be non-zero, {count(above)} are above the noise floor {num(floor)} nat (n·ε·λ_max, in "
-        f"{view.facts['dtype']}); the others are kept in the data file, but rounding decides their value."
+    text += (
+        f"Of the {count(possible)} that can be non-zero, "
+        if possible < params
+        else f"Of the {count(params)} eigenvalues of F, "
+    )
+    name = f"the noise floor {num(floor)} nat (n·ε·λ₁, in {view.facts['dtype']})"
+    if above == possible:
+        return text + f"all are above {name}."
+    return (
+        text
+        + f"{count(above)} are above {name}; the others are kept in the data file, but rounding decides their value."
     )
 
 
@@ -158,7 +166,7 @@ def _by_layer(view: View, one: xr.Dataset) -> str:
     return text
 
 
-def _layer_table(one: xr.Dataset, stage: str) -> str:
+def _layer_table(view: View, one: xr.Dataset, stage: str) -> str:
     rows = []
     for layer in [str(name) for name in one.layer.values]:
         part = one.sel(layer=layer)
@@ -181,4 +189,4 @@ def _layer_table(one: xr.Dataset, stage: str) -> str:
         "above the\nnoise floor",
         "can be\nnon-zero",
     ]
-    return table(head, rows, f"Spectra by layer, {stage}.", strong=[len(rows) - 1]) if len(rows) > 2 else ""
+    return table(head, rows, f"Spectra by layer{view.at(stage)}.", strong=[len(rows) - 1]) if len(rows) > 2 else ""

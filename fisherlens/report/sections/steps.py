@@ -15,6 +15,7 @@ from fisherlens.report.words import count, listing, num, plain
 if TYPE_CHECKING:
     import xarray as xr
 
+_NARROW = 1.5  # factor between the largest and the smallest prediction below which their order says little
 _FAR = 3.0  # factor between promised and measured decrease from which on the quadratic model is said to be left
 
 
@@ -75,8 +76,12 @@ def _stage_sentence(view: View, found: xr.Dataset, stage: str, rho: float) -> st
             f" The promise is far outside the range where the quadratic model holds: the best length is {num(length, 2)} of the promised one, and at the promised one "
             f"the loss {_moved(float(one.decrease_at_predicted_length.sel(direction=FULL)))}."
         )
+    values = one.predicted_decrease.values
+    spread = values.max() / values.min() if values.min() > 0 else np.inf
+    if verdict(rho) != "held" and spread < _NARROW:
+        return f"{text} The predictions lie within a factor of {num(spread)} of each other, so that their order says little."
     if verdict(rho) == "did not hold":
-        text += " **The prediction fails here.**"
+        text += " **The predicted order fails here.**"
     return text
 
 
@@ -91,7 +96,7 @@ def _table(view: View, found: xr.Dataset) -> str:
     part = found.sel(damping_factor=1.0)
     head = ["Direction"]
     for stage in known:
-        head += [f"predicted\n{stage}", f"measured\n{stage}", f"length\n{stage}"]
+        head += [view.head(words, stage) for words in ("predicted", "measured", "length")]
     rows = []
     for name in [str(entry) for entry in part.direction.values]:
         row = [f"`{name}`"]
@@ -114,7 +119,11 @@ def _table(view: View, found: xr.Dataset) -> str:
 
 def _damping_table(view: View, found: xr.Dataset) -> str:
     known = view.known(found)
-    head = ["Damping", *(f"ρ\n{stage}" for stage in known), *(f"measured/predicted\n{stage}" for stage in known)]
+    head = [
+        "Damping",
+        *(view.head("ρ", stage) for stage in known),
+        *(view.head("measured/predicted", stage) for stage in known),
+    ]
     rows = []
     for factor in found.damping_factor.values.tolist():
         row = ["λ" if factor == 1 else f"{plain(factor)} λ"]

@@ -38,8 +38,16 @@ class View:
         return self.facts.get("trained") == "yes"
 
     def when(self, stage: str) -> str:
-        """``at the end``; ``as it stands`` for a network that was not trained."""
-        return _WHEN.get(stage, "as it stands")
+        """``at the end``; ``here`` for a network that was not trained."""
+        return _WHEN.get(stage, "here")
+
+    def head(self, words: str, stage: str) -> str:
+        """A column's head, with the stage in a line of its own where there are several."""
+        return f"{words}\n{stage}" if len(self.stages) > 1 else words
+
+    def at(self, stage: str) -> str:
+        """``, end`` behind a caption's words; nothing where there is one stage only."""
+        return f", {stage}" if len(self.stages) > 1 else ""
 
     def known(self, result: xr.Dataset | None) -> list[str]:
         """Stages for which a result is there, in order."""
@@ -51,6 +59,15 @@ class View:
             return float("nan")
         found = self.key[name]
         return float(found.sel(stage=stage) if stage is not None else found)
+
+    def latest(self, name: str) -> str | None:
+        """The last stage for which a key number is known; None for one that belongs to no stage, or is not known at all."""
+        if self.key is None or name not in self.key or "stage" not in self.key[name].dims:
+            return None
+        return next(
+            (stage for stage in reversed(self.stages) if self.number(name, stage) == self.number(name, stage)),
+            self.last,
+        )
 
     def picture(self, name: str, caption: str) -> str:
         """A figure with its caption, or nothing."""
