@@ -40,6 +40,14 @@ def tiny_problem() -> fl.Problem:
     return fl.Problem("tiny", "A tiny problem.", tiny_net, (x[:48], y[:48]), (x[48:], y[48:]))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _coarse_pictures():
+    """Fewer pixels, which nobody here looks at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "DPI", 40)
+        yield
+
+
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
     """A report on a network of one's own."""
@@ -167,6 +175,14 @@ def test_stages_are_those_of_the_first_run(trained):
     assert tree["training"].optimizer.values.tolist() == ["cw-ngd", "sgd"]
     assert tree["training"].seed.values.tolist() == [0, 1]
     assert set(tree["segment_training"].optimizer.values) == set(tree["independence"].partition.values)
+
+
+def test_figures_of_an_earlier_report_do_not_stay(tmp_path, no_pictures):
+    (tmp_path / "figures").mkdir()
+    for name in ("11-training.png", "holiday.png", "07-holiday.png"):
+        (tmp_path / "figures" / name).write_bytes(b"old")
+    report(tiny_net(), tmp_path, data=tiny_data(), likelihood="categorical", **TINY)
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["07-holiday.png", "holiday.png"]
 
 
 def test_own_network_is_not_trained(own):
@@ -305,7 +321,7 @@ def test_training_that_diverges_is_reported(tmp_path, no_pictures):
     assert bool(tree["training"].diverged.all())
     words = " ".join(Page(tmp_path / "report.html").words)
     assert "1 diverged" in words
-    assert "training ended before this stage was reached" in words
+    assert "Training ended before this stage was reached." in words
 
 
 def test_overflowing_stage_is_said_to_be_one(tmp_path, no_pictures):
@@ -314,7 +330,7 @@ def test_overflowing_stage_is_said_to_be_one(tmp_path, no_pictures):
     assert "F is not finite: the squares of its scores overflow" in (tmp_path / "report.html").read_text()
 
 
-def test_stage_without_information_does_not_stop_the_others(tmp_path):
+def test_stage_without_information_does_not_stop_the_others(tmp_path, no_pictures):
     class Certain(torch.optim.SGD):
         def step(self, closure=None):
             weight, bias = self.param_groups[0]["params"][-2:]
@@ -350,7 +366,7 @@ def test_zero_information(tmp_path):
     assert "no output depends on any parameter here" in (tmp_path / "report.html").read_text()
 
 
-def test_single_layer(tmp_path):
+def test_single_layer(tmp_path, no_pictures):
     tree = report(
         nn.Linear(16, 3), tmp_path, data=(tiny_data()[0].flatten(1), tiny_data()[1]), likelihood="categorical", **TINY
     )

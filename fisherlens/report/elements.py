@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 _UNIT = re.compile(r"(?<=[\d⁰¹²³⁴⁵⁶⁷⁸⁹]) (?=(?:nat|%|×|s|min|times|λ)\b|%|×)")
+_INDEX = re.compile(r"\b(F)_(b|ii|ij|jj)\b")
 _CODE, _STRONG = re.compile(r"`([^`]+)`"), re.compile(r"\*\*(.+?)\*\*")
 
 
@@ -42,7 +43,8 @@ def text(words: object) -> str:
     safe = _UNIT.sub(
         "\u00a0", html.escape(str(words), quote=False).replace(" = ", "\u00a0=\u00a0")
     )  # a number and its unit stay on one line
-    return _STRONG.sub(r"<strong>\1</strong>", _CODE.sub(r"<code>\1</code>", safe))
+    safe = _INDEX.sub(r"\1<sub>\2</sub>", _CODE.sub(r"<code>\1</code>", safe))
+    return _STRONG.sub(r"<strong>\1</strong>", safe)
 
 
 def paragraph(*sentences: str, kind: str = "") -> str:

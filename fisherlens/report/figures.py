@@ -325,3 +325,5 @@ _FIGURES: dict[str, Callable[[xr.DataTree], Canvas | None]] = {
     "training": _training,
     "segment-training": _segment_training,
 }
+
+FIGURE_NAMES = tuple(_FIGURES)

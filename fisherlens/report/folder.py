@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fisherlens.errors import InputError
@@ -66,6 +66,12 @@ class OutputFolder:
                 level.rmdir()
             except OSError:
                 return
+
+    def drop_figures(self, names: Iterable[str]) -> None:
+        """Remove figures of these names, without number, that an earlier report left: they would show other results."""
+        for name in names:
+            for path in (self.path / FIGURES).glob(f"[0-9][0-9]-{name}.png"):
+                path.unlink(missing_ok=True)
 
     def write(self, name: str, content: bytes) -> Path:
         """Write one file, which takes its name only when it is complete."""

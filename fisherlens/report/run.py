@@ -292,7 +292,7 @@ def _train(
 
 def _publish(store: Store, folder: OutputFolder, status: str, reason: str) -> xr.DataTree:
     """Derive the key numbers, save everything, draw, and write the page."""
-    from fisherlens.report.figures import draw_all
+    from fisherlens.report.figures import FIGURE_NAMES, draw_all
     from fisherlens.report.findings import key_numbers
     from fisherlens.report.page import page
 
@@ -302,6 +302,7 @@ def _publish(store: Store, folder: OutputFolder, status: str, reason: str) -> xr
         store.put("key_numbers", found)
     tree = store.save(force=True)
     pictures = draw_all(tree)
+    folder.drop_figures({name for name in FIGURE_NAMES if name not in pictures})
     for picture in pictures.values():
         folder.write(f"{FIGURES}/{picture.name}.png", picture.png)
     folder.write(PAGE, page(tree, pictures).encode())

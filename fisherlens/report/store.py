@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import xarray as xr
 
 DATA_FILE = "report.nc"
-_PAUSE = 3.0  # seconds between two saves: a kill loses no more than that and the task it hits
+_PAUSE = 5.0  # least seconds between two saves: a kill loses no more than that and the task it hits
+_SHARE = 0.05  # of the time that saving may take; a file of many couplings is written and read back in seconds
 
 # What may go wrong in one analysis without spoiling the others: everything raised on purpose, and running out of memory.
 EXPECTED = (FisherLensError, MemoryError, torch.OutOfMemoryError, torch.linalg.LinAlgError)
@@ -45,7 +46,7 @@ class Store:
         self._plain: dict[str, xr.Dataset] = {}
         self._steps: dict[str, float] = {}
         self._log: list[dict[str, Any]] = []
-        self._saved_at = -float("inf")
+        self._next_save = -float("inf")
         self._changed = False
 
     # --- collecting --------------------------------------------------------------------------------------------------
@@ -152,11 +153,12 @@ class Store:
     def save(self, *, force: bool = False) -> xr.DataTree | None:
         """Write ``report.nc`` if something is new and the last save is a while ago, or if forced; what was written, if it was."""
         now = time.perf_counter()
-        if not force and (not self._changed or now - self._saved_at < _PAUSE):
+        if not force and (not self._changed or now < self._next_save):
             return None
         tree = self.tree()
         save(tree, self.folder / DATA_FILE)
-        self._saved_at, self._changed = time.perf_counter(), False
+        done = time.perf_counter()
+        self._next_save, self._changed = done + max(_PAUSE, (done - now) / _SHARE), False
         return tree
 
 

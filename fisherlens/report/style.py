@@ -20,6 +20,7 @@ h2 .number { color: var(--accent); margin-right: 0.7rem; font-variant-numeric: t
 h3 { margin: 2.2rem 0 0.5rem; font-size: 1.12rem; }
 p, ul, ol, dl { max-width: 46rem; }
 a { color: var(--accent); }
+sub { font-size: 0.72em; line-height: 0; }
 code { font: 0.92em ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace; white-space: nowrap; }
 .command code { display: inline-block; background: var(--ground); padding: 0.5rem 0.8rem; border-radius: 6px; white-space: normal; }
 pre { max-width: 46rem; overflow-x: auto; background: var(--ground); padding: 0.9rem 1.1rem; border-radius: 6px;
@@ -75,7 +76,8 @@ dd { margin: 0; }
 @media (min-width: 1700px) { body { font-size: 17px; } .frame { gap: 5rem; } }
 @media print {
   @page { margin: 16mm 15mm; }
-  body { font-size: 10pt; line-height: 1.45; }
+  html, body { font-size: 10pt; line-height: 1.45; }
+  .cards { grid-template-columns: repeat(4, minmax(0, 1fr)); }
   .frame { display: block; padding: 0; }
   nav { display: none; }
   main { padding: 0; }

@@ -39,7 +39,7 @@ def coupling(view: View) -> Section:
     rho, floor = float(one.coupling[i, j]), float(one.noise_floor[i, j])
     above, pairs = (round(view.number(name, last)) for name in ("pairs_above_floor", "num_pairs"))
     section.headline = (
-        f"{_of(above, pairs)} of layers {'are' if above != 1 else 'is'} coupled more than chance gives {view.when(last)}. The strongest is "
+        f"{_of(above, pairs)} of layers {'is' if above == 1 or pairs == 1 else 'are'} coupled more than chance gives {view.when(last)}. The strongest is "
         f"**`{names[i]}` – `{names[j]}` with {num(rho)}**, {times(rho / floor) if floor > 0 else 'far'} the noise floor of {num(floor)}."
     )
     section.add(
@@ -61,11 +61,11 @@ def coupling(view: View) -> Section:
 
 
 def _of(some: int, total: int) -> str:
-    return (
-        f"**All {count(total)} pairs**"
-        if some == total
-        else f"**{count(some) if some else 'None'} of {count(total)} pairs**"
-    )
+    if total == 1:
+        return "**The only pair**" if some else "**Not even the only pair**"
+    if some == total:
+        return f"**All {count(total)} pairs**"
+    return f"**{count(some) if some else 'None'} of {count(total)} pairs**"
 
 
 def _significance(view: View, found: xr.Dataset, last: str) -> str:

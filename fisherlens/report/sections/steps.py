@@ -55,6 +55,8 @@ def _headline(view: View, rhos: dict[str, float]) -> str:
     groups: dict[str, list[str]] = {}
     for stage, rho in rhos.items():
         groups.setdefault(verdict(rho), []).append(f"{view.when(stage)} (rank correlation ρ = {num(rho, 2)})")
+    if set(groups) == {"not known"}:
+        return "The predicted order of the segmentations cannot be judged: the decreases do not differ, or could not be measured."
     said = [f"**{words}** {listing(stages)}" for words, stages in groups.items()]
     return f"The predicted order of the segmentations {listing(said, 'and')}."
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fisherlens.report.elements import Section, heading, paragraph, table
-from fisherlens.report.findings import SEGMENTS, speed, trained_order, verdict
+from fisherlens.report.findings import PARTLY, SEGMENTS, speed, trained_order, verdict
 from fisherlens.report.sections.view import View
 from fisherlens.report.steps import GRADIENT
 from fisherlens.report.words import count, listing, num, plain, seconds, share, times
+from fisherlens.spectrum import WHOLE
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -34,11 +35,11 @@ def training(view: View) -> Section:
         section.add(view.troubles("training"))
         return section
     rho = float("nan") if trained is None else view.number("training_correlation")
-    section.headline = _headline(trained, rho)
+    section.headline = _headline(view, trained, rho)
     section.add(
         heading("The same optimizer on other blocks"),
         paragraph(_setup(view)),
-        paragraph(_order(trained, rho)),
+        paragraph(_order(trained), _too_large(view)),
         view.picture(
             "segment-training",
             "**CW-NGD on the blocks of each segmentation.** Left: training loss. Right: the mean loss of each run (geometric, low is fast) over what the "
@@ -58,19 +59,26 @@ def training(view: View) -> Section:
     return section
 
 
-def _headline(trained: tuple[list[str], np.ndarray, np.ndarray] | None, rho: float) -> str:
+def _headline(view: View, trained: tuple[list[str], np.ndarray, np.ndarray] | None, rho: float) -> str:
     if trained is None or not np.isfinite(rho):
         return "The order in which segmentations train could not be compared with the prediction."
     names, kept, loss = trained
-    words = {"held": "Yes", "held in part": "In part", "did not hold": "No"}[verdict(rho)]
-    best = names[int(np.nanargmin(loss))]
-    expected = names[int(np.nanargmax(kept))]
-    text = (
-        f"**{words}: the more a segmentation keeps of the natural-gradient step, the faster CW-NGD trains on its blocks** (rank correlation {num(rho, 2)} over "
-        f"{len(names)} segmentations)."
-        if verdict(rho) == "held"
-        else f"**{words}**: the rank correlation between what segmentations keep and how fast CW-NGD trains on them is {num(rho, 2)} over {len(names)} segmentations."
+    number = (
+        f"rank correlation ρ = {num(rho, 2)} over {len(names)} segmentations, {_seeds(view.node('segment_training'))}"
     )
+    if verdict(rho) == "held":
+        text = f"**Yes: the more a segmentation keeps of the natural-gradient step, the faster CW-NGD trains on its blocks** ({number})."
+    else:
+        word = "In part" if verdict(rho) == "held in part" else "No"
+        how = (
+            "go together only in part"
+            if rho >= PARTLY
+            else "run against each other"
+            if rho <= -PARTLY
+            else "have little to do with each other"
+        )
+        text = f"**{word}: what segmentations keep and how fast CW-NGD trains on their blocks {how}** ({number})."
+    best, expected = names[int(np.nanargmin(loss))], names[int(np.nanargmax(kept))]
     if best == expected:
         return f"{text} The predicted best, `{best}`, trained fastest."
     return f"{text} The fastest was `{best}`; `{expected}` was predicted."
@@ -85,7 +93,7 @@ def _setup(view: View) -> str:
     return (
         f"One optimizer, CW-NGD with learning rate {plain(options['lr'])} and damping {plain(options['damping'])}, is run on the blocks of every segmentation in turn: equal starts, "
         f"equal batches of {settings['batch_size']}, {count(settings['num_steps'])} steps, {_seeds(found)}. Only the blocks differ. The prediction is the decrease ratio from the section on "
-        "segmentations, averaged over the stages; the options are the same for all and not tuned for any."
+        "segmentations, averaged over the stages of the analysed run; the options are the same for all and not tuned for any."
     )
 
 
@@ -94,7 +102,7 @@ def _seeds(found: xr.Dataset) -> str:
     return f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {listing([str(seed) for seed in seeds])}"
 
 
-def _order(trained: tuple[list[str], np.ndarray, np.ndarray] | None, rho: float) -> str:
+def _order(trained: tuple[list[str], np.ndarray, np.ndarray] | None) -> str:
     if trained is None:
         return ""
     names, kept, loss = trained
@@ -106,6 +114,26 @@ def _order(trained: tuple[list[str], np.ndarray, np.ndarray] | None, rho: float)
     moved = [name for name in names if expected.index(name) != measured.index(name)]
     return (
         f"{text} {count(len(moved))} of {len(names)} are in another place: {listing([f'`{name}`' for name in moved])}."
+    )
+
+
+def _too_large(view: View) -> str:
+    """A remark on blocks that a batch cannot fill: their statistics differ from F by more than what was dropped."""
+    found, judged = view.node("segment_training"), view.node("independence")
+    if found is None or judged is None:
+        return ""
+    batch = json.loads(found.attrs["settings"])["batch_size"]
+    sizes = judged.largest_block.isel(stage=0).sel(layer=WHOLE)
+    large = [
+        str(name)
+        for name in found.optimizer.values
+        if name in sizes.partition.values and float(sizes.sel(partition=name)) > batch
+    ]
+    if not large:
+        return ""
+    return (
+        f"{listing([f'`{name}`' for name in large])} {'has' if len(large) == 1 else 'have'} blocks of more parameters than the {batch} examples of a batch, so that the "
+        "optimizer's matrices are of low rank in the first steps; the prediction, made with F, does not know of that."
     )
 
 

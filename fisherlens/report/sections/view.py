@@ -95,7 +95,7 @@ class View:
                 "interrupted": "interrupted",
                 "left out": "left out",
             }[str(outcome)]
-            words = f"**{str(task).capitalize()}: {ended}**{{stages}}. {message}".strip()
+            words = f"**{str(task).capitalize()}: {ended}**{{stages}}. {_sentence(str(message))}".strip()
             found.setdefault((words, kind), []).append(str(stage))
         boxes = []
         for (words, kind), stages in found.items():
@@ -104,3 +104,9 @@ class View:
                 (words.replace("{stages}", f" ({', '.join(named)})" if named and len(self.stages) > 1 else ""), kind)
             )
         return boxes
+
+
+def _sentence(message: str) -> str:
+    """A capital in front and a full stop behind."""
+    message = message[:1].upper() + message[1:]
+    return message if not message or message.endswith((".", "!", "?", "…")) else f"{message}."
