@@ -10,7 +10,8 @@ import numpy as np
 from fisherlens.errors import readable_bytes
 from fisherlens.report.elements import Section, bullets, heading, paragraph, table, terms
 from fisherlens.report.sections.view import View
-from fisherlens.report.words import count, listing, num, seconds
+from fisherlens.report.words import count, listing, num, seconds, times
+from fisherlens.spectrum import WHOLE
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -132,15 +133,20 @@ def _examples(view: View) -> str:
 
 
 def _damping(view: View) -> str:
-    found = view.node("fisher")
+    found, spectrum = view.node("fisher"), view.node("spectrum")
     if found is None:
         return str(view.facts["damping_rule"])
     values = [f"{num(float(found.damping.sel(stage=stage)))} {view.when(stage)}" for stage in view.stages]
+    text = f"{listing(values)} ({view.facts['damping_rule']})"
+    last = view.known(spectrum)[-1:]
+    if not last:
+        return text
+    damping, one = float(found.damping.sel(stage=last[0])), spectrum.sel(stage=last[0], layer=WHOLE)
+    below, above = float(one.eigenvalue[0]) / damping, damping / float(one.noise_floor)
     return (
-        f"{listing(values)} ({view.facts['damping_rule']}). Far below the eigenvalues that matter, so that F decides the step, and far above the noise floor, so that "
-        "rounding does not."
-        if view.facts["damping_rule"] != "as given"
-        else f"{listing(values)}, as given"
+        f"{text}. {view.when(last[0]).capitalize()} that is {times(below)} below the largest eigenvalue, so that F decides the leading directions, and "
+        f"{times(above)} the noise floor of the eigenvalues"
+        + (", so that rounding does not decide the others." if above > 1 else ".")
     )
 
 

@@ -93,7 +93,7 @@ def _setup(view: View) -> str:
     return (
         f"One optimizer, CW-NGD with learning rate {plain(options['lr'])} and damping {plain(options['damping'])}, is run on the blocks of every segmentation in turn: equal starts, "
         f"equal batches of {settings['batch_size']}, {count(settings['num_steps'])} steps, {_seeds(found)}. Only the blocks differ. The prediction is the decrease ratio from the section on "
-        "segmentations, averaged over the stages of the analysed run; the options are the same for all and not tuned for any."
+        "segmentations, averaged over the stages of the analysed run; the options are those of the CW-NGD run below, fixed beforehand, and the same for all."
     )
 
 
