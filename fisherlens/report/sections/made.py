@@ -142,6 +142,8 @@ def _damping(view: View) -> str:
     if not last:
         return text
     damping, one = float(found.damping.sel(stage=last[0])), spectrum.sel(stage=last[0], layer=WHOLE)
+    if not (damping > 0 and float(one.noise_floor) > 0):
+        return text
     below, above = float(one.eigenvalue[0]) / damping, damping / float(one.noise_floor)
     return (
         f"{text}. {view.when(last[0]).capitalize()} that is {times(below)} below the largest eigenvalue, so that F decides the leading directions, and "
