@@ -263,7 +263,7 @@ class Fisher:
 
     def trace(self) -> float:
         """Trace of F in nat: the mean squared length of the scores."""
-        return self.diagonal().double().sum().item()
+        return self.scores.trace().item() / self.total_weight
 
     def frobenius_norm(self) -> float:
         """Frobenius norm of F, √Σ F_ij², through the Gram matrix or the dense one, whichever is smaller."""

@@ -14,7 +14,7 @@ from fisherlens.layout import LayerInfo, Layout
 from fisherlens.linalg.memory import Workspace
 from fisherlens.optim.tap import Call
 from fisherlens.partitions import BlockGroup, Partition
-from fisherlens.scores.base import CHUNK_BYTES, LayerScores
+from fisherlens.scores.base import CHUNK_BYTES, LayerScores, column_moments
 from fisherlens.scores.dense import DenseScores
 from fisherlens.scores.explicit import ExplicitScores, ZeroScores
 from fisherlens.scores.matrix import ScoreMatrix
@@ -193,7 +193,7 @@ def run_start(index: Tensor) -> int | None:
 def _moments(scores: list[LayerScores], pieces: list[_Piece]) -> list[Tensor]:
     if len(scores) > 1:  # blocks across layers need the columns of all of them, which is all that moments asks for
         matrix = ScoreMatrix(scores)
-        return [LayerScores.moments(matrix, piece.index) for piece in pieces]  # type: ignore[arg-type]
+        return [column_moments(matrix, piece.index) for piece in pieces]
     (layer,) = scores
     diagonal = layer.diagonal() if any(piece.index.shape[1] == 1 for piece in pieces) else None
     return [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +15,10 @@ from fisherlens.linalg.memory import Workspace
 
 # Transient memory of a chunked contraction: large enough that the matrix products dominate, small beside any budget.
 CHUNK_BYTES = 64 * 2**20
+# A sum over more examples than this is taken in parts, which are added in float64: in float32 the error of a part stays
+# near √4096 ε = 8e-6 of its terms, and the buffers of a part have a bounded size (our choice).
+PART = 4096
+_PART_BYTES = 256 * 2**20
 
 
 class LayerScores(ABC):
@@ -39,6 +45,9 @@ class LayerScores(ABC):
     device: torch.device
     workspace: Workspace = Workspace(limit=0)  # keeps nothing; a ScoreMatrix gives its layers a shared one
 
+    #: numbers per example and vector that a half-product holds on its way
+    width: int = 1
+
     def _empty(self, *shape: int) -> Tensor:
         return self.workspace.empty(shape, self.dtype, self.device)
 
@@ -60,8 +69,45 @@ class LayerScores(ABC):
         """``(p, K)`` → ``(rows, K)``: U_l V."""
 
     @abstractmethod
+    def part(self, at: slice) -> LayerScores:
+        """The scores of some examples, sharing memory."""
+
+    def _parts(self, vectors: int = 1) -> Iterator[tuple[slice, LayerScores]]:
+        """Rows and scores of parts of bounded size."""
+        step = max(1, min(PART, _PART_BYTES // max(1, vectors * self.width * self.dtype.itemsize)))
+        if step >= self.n:
+            yield slice(0, self.rows), self
+            return
+        for start in range(0, self.n, step):
+            part = self.part(slice(start, min(start + step, self.n)))
+            part.workspace = self.workspace
+            yield slice(start * self.r, min(start + step, self.n) * self.r), part
+
+    def _summed(self, function: Callable[[LayerScores], Tensor]) -> Tensor:
+        """Sum over the parts, in float64 where there are several."""
+        parts = self._parts()
+        total = function(next(parts)[1])
+        for k, (_, part) in enumerate(parts):
+            total = total.double() if k == 0 else total
+            total += function(part)
+        return total.to(self.dtype)
+
     def rmatmat(self, z: Tensor, out: Tensor) -> None:
         """Write U_lᵀ Z, for Z ``(rows, K)``, into ``out`` of shape ``(K, p)`` (its transpose)."""
+        parts = self._parts(z.shape[1])
+        rows, part = next(parts)
+        part._rmatmat(z[rows], out)
+        if rows.stop == self.rows:
+            return
+        total, buffer = out.double(), self._empty(*out.shape)
+        for rows, part in parts:
+            part._rmatmat(z[rows], buffer)
+            total += buffer
+        out.copy_(total)
+
+    @abstractmethod
+    def _rmatmat(self, z: Tensor, out: Tensor) -> None:
+        """As :meth:`rmatmat`, at once over all examples."""
 
     @abstractmethod
     def columns(self, index: Tensor) -> Tensor:
@@ -84,18 +130,21 @@ class LayerScores(ABC):
 
     def diagonal(self) -> Tensor:
         """``(p,)``: the column sums of U_l²."""
+        return self._summed(lambda part: part._diagonal())
+
+    def _diagonal(self) -> Tensor:
         return torch.cat([self.columns(chunk).square().sum(0) for chunk in self.column_chunks()])
+
+    def trace(self) -> Tensor:
+        """The sum of U_l², a float64 number."""
+        return self.diagonal().double().sum()
 
     def moments(self, index: Tensor) -> Tensor:
         """``(B, s)`` indices of B blocks → ``(B, s, s)``: U_bᵀ U_b of every block."""
-        num_blocks, size = index.shape
-        out = torch.empty(num_blocks, size, size, dtype=self.dtype, device=self.device)
-        step = max(1, CHUNK_BYTES // max(1, self.rows * size * self.dtype.itemsize))
-        for start in range(0, num_blocks, step):
-            part = index[start : start + step]
-            columns = self.columns(part.reshape(-1)).reshape(self.rows, -1, size).transpose(0, 1)
-            out[start : start + step] = torch.bmm(columns.transpose(1, 2), columns)
-        return out
+        return self._summed(lambda part: part._moments(index))
+
+    def _moments(self, index: Tensor) -> Tensor:
+        return column_moments(self, index)
 
     def block_rows(self, index: Tensor) -> Tensor:
         """``(B, s)`` → X of shape ``(B, m, s)`` with X_bᵀ X_b = U_bᵀ U_b and as few rows m as the layer allows."""
@@ -110,3 +159,25 @@ class LayerScores(ABC):
         """All column indices in chunks of bounded memory."""
         step = max(1, CHUNK_BYTES // max(1, self.rows * self.dtype.itemsize))
         return list(torch.arange(self.size, device=self.device).split(step))
+
+
+class Columns(Protocol):
+    """Anything with explicit columns."""
+
+    rows: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def columns(self, index: Tensor) -> Tensor: ...
+
+
+def column_moments(scores: Columns, index: Tensor) -> Tensor:
+    """U_bᵀ U_b of every block of columns, ``(B, s)`` → ``(B, s, s)``, from the columns themselves in chunks of blocks."""
+    num_blocks, size = index.shape
+    out = torch.empty(num_blocks, size, size, dtype=scores.dtype, device=scores.device)
+    step = max(1, CHUNK_BYTES // max(1, scores.rows * size * scores.dtype.itemsize))
+    for start in range(0, num_blocks, step):
+        chunk = index[start : start + step]
+        columns = scores.columns(chunk.reshape(-1)).reshape(scores.rows, -1, size).transpose(0, 1)
+        out[start : start + step] = torch.bmm(columns.transpose(1, 2), columns)
+    return out

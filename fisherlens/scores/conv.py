@@ -126,6 +126,11 @@ class ConvScores(LayerScores):
         self.d_i = inputs.shape[1] // geometry.groups * math.prod(geometry.kernel)
         self.dtype, self.device = outputs.dtype, outputs.device
         self.n_weight = self.d_o * self.d_i if layer.weight else 0
+        self.width = self.t * self.d_o
+
+    def part(self, at: slice) -> ConvScores:
+        g = self.g[at]
+        return ConvScores(self.layer, self.geometry, self.x[at], g.view(*g.shape[:3], *self.positions))
 
     @property
     def nbytes(self) -> int:
@@ -152,7 +157,7 @@ class ConvScores(LayerScores):
             h = h + vt[:, self.n_weight :, None]
         return torch.bmm(self.g.flatten(2), h.flatten(2).mT).reshape(self.rows, k)
 
-    def rmatmat(self, z: Tensor, out: Tensor) -> None:
+    def _rmatmat(self, z: Tensor, out: Tensor) -> None:
         k, groups = z.shape[1], self.geometry.groups
         h = torch.bmm(z.view(self.n, self.r, k).mT, self.g.flatten(2)).view(self.n, k, self.d_o, self.t)
         if self.layer.weight:

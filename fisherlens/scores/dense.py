@@ -32,6 +32,10 @@ class DenseScores(LayerScores):
         self.d_i = inputs.shape[-1]
         self.dtype, self.device = outputs.dtype, outputs.device
         self.n_weight = self.d_o * self.d_i if layer.weight else 0
+        self.width = self.t * self.d_o
+
+    def part(self, at: slice) -> DenseScores:
+        return DenseScores(self.layer, self.a[at], self.g[at])
 
     @property
     def nbytes(self) -> int:
@@ -66,17 +70,15 @@ class DenseScores(LayerScores):
         weight = v[: self.n_weight].view(self.d_o, self.d_i)
         return torch.addmm(bias, a, weight.T) if self.layer.bias else a @ weight.T
 
-    def rmatmat(self, z: Tensor, out: Tensor) -> None:
+    def _rmatmat(self, z: Tensor, out: Tensor) -> None:
         n, t, k, d_o = self.n, self.t, z.shape[1], self.d_o
         g = self.g.reshape(n, self.r, t * d_o)
         h = torch.bmm(z.view(n, self.r, k).mT, g, out=self._empty(n, k, t * d_o))
         h = h.view(n, k, t, d_o).transpose(1, 2).reshape(n * t, k, d_o)  # a view for t = 1
         if self.layer.weight:
             a = self.a.reshape(n * t, self.d_i)
-            for i in range(
-                k
-            ):  # each a full-size product, written in place; a single one would need a copy of the answer
-                torch.mm(h[:, i].T, a, out=out[i, : self.n_weight].view(d_o, self.d_i))
+            weight = out[:, : self.n_weight].view(k, d_o, self.d_i)
+            torch.bmm(h.permute(1, 2, 0), a.expand(k, -1, -1), out=weight)
         if self.layer.bias:
             out[:, self.n_weight :] = h.sum(0)
 
@@ -114,9 +116,9 @@ class DenseScores(LayerScores):
             out[i : i + m] = torch.einsum("mrtnsp,mtnp->mrns", outer, inner.view(m, t, n, t))
         return out.view(n * r, n * r)
 
-    def diagonal(self) -> Tensor:
+    def _diagonal(self) -> Tensor:
         if self.t > 1:
-            return super().diagonal()
+            return super()._diagonal()
         square = self.g[:, :, 0].square().sum(1)  # (n, d_o)
         pieces = []
         if self.layer.weight:
@@ -124,6 +126,16 @@ class DenseScores(LayerScores):
         if self.layer.bias:
             pieces.append(square.sum(0))
         return torch.cat(pieces)
+
+    def trace(self) -> Tensor:
+        if self.t > 1:
+            return super().trace()
+        norms = self.g.new_zeros(self.n, dtype=torch.float64)
+        if self.layer.weight:
+            norms += self.a[:, 0].square().sum(1)
+        if self.layer.bias:
+            norms += 1
+        return norms @ self.g.square().sum((1, 2, 3)).double()
 
     def _split(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Output unit of each parameter, and its input column; the bias is column d_i of the homogeneous input."""
@@ -173,9 +185,9 @@ class DenseScores(LayerScores):
         a = self._homogeneous(column.reshape(-1))[:, 0].reshape(self.n, *index.shape)
         return (a * norm[:, unit[:, 0], None]).transpose(0, 1)
 
-    def moments(self, index: Tensor) -> Tensor:
+    def _moments(self, index: Tensor) -> Tensor:
         if not self._within_units(index):
-            return super().moments(index)
+            return super()._moments(index)
         num_blocks, size = index.shape
         out = torch.empty(num_blocks, size, size, dtype=self.dtype, device=self.device)
         step = max(1, CHUNK_BYTES // max(1, self.n * size * self.dtype.itemsize))

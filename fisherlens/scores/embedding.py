@@ -47,7 +47,11 @@ class EmbeddingScores(LayerScores):
         self.layer, self.index, self.g = layer, index, outputs
         self.n, self.r, self.t, self.d = outputs.shape
         self.num_rows = layer.size // self.d
+        self.width = self.t * self.d
         self.dtype, self.device = outputs.dtype, outputs.device
+
+    def part(self, at: slice) -> EmbeddingScores:
+        return EmbeddingScores(self.layer, self.index[at], self.g[at])
 
     @property
     def nbytes(self) -> int:
@@ -57,7 +61,7 @@ class EmbeddingScores(LayerScores):
         read = v.reshape(self.num_rows, self.d, -1)[self.index]  # (n, t, d, K)
         return torch.bmm(self.g.flatten(2), read.flatten(1, 2)).reshape(self.rows, -1)
 
-    def rmatmat(self, z: Tensor, out: Tensor) -> None:
+    def _rmatmat(self, z: Tensor, out: Tensor) -> None:
         k = z.shape[1]
         h = torch.bmm(z.reshape(self.n, self.r, k).mT, self.g.flatten(2)).view(self.n, k, self.t, self.d)
         table = out.new_zeros(self.num_rows, k, self.d)

@@ -30,6 +30,10 @@ class ExplicitScores(LayerScores):
         stops = list(accumulate(piece.shape[1] for piece in pieces))
         self.slices = [slice(stop - piece.shape[1], stop) for stop, piece in zip(stops, pieces, strict=True)]
 
+    def part(self, at: slice) -> ExplicitScores:
+        rows = slice(at.start * self.r, at.stop * self.r)
+        return ExplicitScores(self.layer, [piece[rows] for piece in self.pieces], self.r)
+
     @property
     def nbytes(self) -> int:
         return sum(piece.numel() * piece.itemsize for piece in self.pieces)
@@ -40,7 +44,7 @@ class ExplicitScores(LayerScores):
             out.addmm_(piece, v[at])
         return out
 
-    def rmatmat(self, z: Tensor, out: Tensor) -> None:
+    def _rmatmat(self, z: Tensor, out: Tensor) -> None:
         for piece, at in zip(self.pieces, self.slices, strict=True):
             if z.shape[1] == 1:
                 torch.mv(piece.T, z[:, 0], out=out[0, at])
@@ -53,7 +57,7 @@ class ExplicitScores(LayerScores):
             out += self_gram(piece)
         return out
 
-    def diagonal(self) -> Tensor:
+    def _diagonal(self) -> Tensor:
         return torch.cat([torch.linalg.vector_norm(piece, dim=0).square() for piece in self.pieces])
 
     def columns(self, index: Tensor) -> Tensor:
@@ -81,6 +85,9 @@ class ZeroScores(LayerScores):
     def __init__(self, layer: LayerInfo, n: int, r: int, dtype: torch.dtype, device: torch.device):
         self.layer, self.n, self.r, self.dtype, self.device = layer, n, r, dtype, device
 
+    def part(self, at: slice) -> ZeroScores:
+        return ZeroScores(self.layer, at.stop - at.start, self.r, self.dtype, self.device)
+
     @property
     def nbytes(self) -> int:
         return 0
@@ -91,13 +98,13 @@ class ZeroScores(LayerScores):
     def matmat(self, v: Tensor) -> Tensor:
         return self._zeros(self.rows, v.shape[1])
 
-    def rmatmat(self, z: Tensor, out: Tensor) -> None:
+    def _rmatmat(self, z: Tensor, out: Tensor) -> None:
         out.zero_()
 
     def gram(self) -> Tensor:
         return self._zeros(self.rows, self.rows)
 
-    def diagonal(self) -> Tensor:
+    def _diagonal(self) -> Tensor:
         return self._zeros(self.size)
 
     def columns(self, index: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fisherlens.linalg.dense import self_gram
 from fisherlens.linalg.memory import Workspace
-from fisherlens.scores.base import LayerScores
+from fisherlens.scores.base import PART, LayerScores
 
 # Explicit columns up to this size are formed whole; beyond it their Gram matrix is summed over chunks of rows (our choice).
 _AT_ONCE = 256 * 2**20
@@ -104,6 +104,10 @@ class ScoreMatrix:
         """Column sums of U², ``(P,)``."""
         return torch.cat([layer.diagonal() for layer in self.layers])
 
+    def trace(self) -> Tensor:
+        """The sum of U², a float64 number."""
+        return sum(layer.trace() for layer in self.layers)
+
     def rows_at(self, index: Tensor) -> Tensor:
         """Explicit rows, ``(len(index), P)``."""
         return torch.cat([layer.rows_at(index) for layer in self.layers], dim=1)
@@ -120,13 +124,12 @@ class ScoreMatrix:
     def dense(self, index: Tensor | None = None) -> Tensor:
         """Uᵀ U, ``(P, P)``, or its block of some columns, ``(m, m)``; from all rows at once where those are small, else by chunks of rows."""
         width = self.size if index is None else len(index)
-        if self.rows * width * self.dtype.itemsize <= _AT_ONCE:
+        if self.rows * width * self.dtype.itemsize <= _AT_ONCE and self.n <= PART:
             every = torch.arange(self.size, device=self.device)
             return self_gram(self.columns(every if index is None else index).T)
-        out = torch.zeros(width, width, dtype=self.dtype, device=self.device)
-        for chunk in torch.arange(self.rows, device=self.device).split(
-            max(1, _AT_ONCE // (self.size * self.dtype.itemsize))
-        ):
+        out = torch.zeros(width, width, dtype=torch.float64, device=self.device)
+        step = max(1, min(_AT_ONCE // (self.size * self.dtype.itemsize), PART * self.r))
+        for chunk in torch.arange(self.rows, device=self.device).split(step):
             rows = self.rows_at(chunk)
             out += self_gram((rows if index is None else rows[:, index]).T)
-        return out
+        return out.to(self.dtype)

@@ -44,16 +44,22 @@ class StreamedLayer(LayerScores):
     def matmat(self, v: Tensor) -> Tensor:
         return torch.cat(list(self._each(lambda part, rows: part.matmat(v))))
 
+    def part(self, at: slice) -> LayerScores:
+        raise NotImplementedError("streamed scores come in the pieces of their data")
+
     def rmatmat(self, z: Tensor, out: Tensor) -> None:
-        out.zero_()
-        buffer = torch.empty_like(out)
+        total, buffer = torch.zeros_like(out, dtype=torch.float64), torch.empty_like(out)
 
         def add(part: LayerScores, rows: slice) -> Tensor:
             part.rmatmat(z[rows].contiguous(), buffer)
-            return out.add_(buffer)
+            return total.add_(buffer)
 
         for _ in self._each(add):
             pass
+        out.copy_(total)
+
+    def _rmatmat(self, z: Tensor, out: Tensor) -> None:
+        self.rmatmat(z, out)
 
     def columns(self, index: Tensor) -> Tensor:
         return torch.cat(list(self._each(lambda part, rows: part.columns(index))))
@@ -73,8 +79,11 @@ class StreamedLayer(LayerScores):
     def diagonal(self) -> Tensor:
         return sum(self._each(lambda part, rows: part.diagonal().double())).to(self.dtype)
 
+    def trace(self) -> Tensor:
+        return sum(self._each(lambda part, rows: part.trace()))
+
     def moments(self, index: Tensor) -> Tensor:
-        return sum(self._each(lambda part, rows: part.moments(index)))
+        return sum(self._each(lambda part, rows: part.moments(index).double())).to(self.dtype)
 
     def contract(self, coefficients: Tensor) -> LayerScores:
         raise MemoryBudgetError(
@@ -161,6 +170,9 @@ class StreamedMatrix(ScoreMatrix):
 
     def diagonal(self) -> Tensor:
         return sum(scores.diagonal().double() for _, scores in self.parts()).to(self.dtype)
+
+    def trace(self) -> Tensor:
+        return sum(scores.trace() for _, scores in self.parts())
 
     def columns(self, index: Tensor) -> Tensor:
         return torch.cat([scores.columns(index) for _, scores in self.parts()])
