@@ -34,7 +34,7 @@ from fisherlens.likelihoods import (
 from fisherlens.partitions import Partition, partition
 from fisherlens.report import report
 from fisherlens.results import load, save
-from fisherlens.spectrum import Operator, effective_dimension, log_determinant, spectrum
+from fisherlens.spectrum import Operator, compare_kinds, effective_dimension, log_determinant, spectrum
 from fisherlens.training import Problem, compare_optimizers, problem, problems, train
 
 __all__ = [  # noqa: RUF022 - grouped by topic
@@ -53,6 +53,7 @@ __all__ = [  # noqa: RUF022 - grouped by topic
     "Operator",
     "effective_dimension",
     "log_determinant",
+    "compare_kinds",
     # blocks and their independence
     "partition",
     "Partition",

@@ -43,7 +43,7 @@ VARIABLE = {
 
 
 def test_public_names():
-    assert sorted(plots.__all__) == sorted([*PLOTS, "independence_panels"])
+    assert sorted(plots.__all__) == sorted([*PLOTS, "independence_panels", "kinds"])
 
 
 @pytest.mark.parametrize("name", PLOTS)

@@ -7,6 +7,7 @@ come from the ``long_name`` and ``units`` of the variables.
 from fisherlens.plots._coupling import coupling
 from fisherlens.plots._independence import independence, independence_panels
 from fisherlens.plots._information import information
+from fisherlens.plots._kinds import kinds
 from fisherlens.plots._optimizers import optimizers
 from fisherlens.plots._partition import partition
 from fisherlens.plots._spectrum import spectrum
@@ -16,6 +17,7 @@ __all__ = [
     "independence",
     "independence_panels",
     "information",
+    "kinds",
     "optimizers",
     "partition",
     "spectrum",

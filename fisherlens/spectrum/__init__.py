@@ -2,6 +2,16 @@
 
 from fisherlens.spectrum.complete import WHOLE, spectrum
 from fisherlens.spectrum.functions import effective_dimension, log_determinant
+from fisherlens.spectrum.kinds import compare_kinds
 from fisherlens.spectrum.operators import Operator, Symmetric, as_symmetric
 
-__all__ = ["WHOLE", "Operator", "Symmetric", "as_symmetric", "effective_dimension", "log_determinant", "spectrum"]
+__all__ = [
+    "WHOLE",
+    "Operator",
+    "Symmetric",
+    "as_symmetric",
+    "compare_kinds",
+    "effective_dimension",
+    "log_determinant",
+    "spectrum",
+]
