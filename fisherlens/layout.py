@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fisherlens import errors
 from fisherlens.errors import InputError
@@ -290,6 +291,12 @@ class Layout:
 
 def _select(model: nn.Module, params: Sequence[str] | str | None) -> dict[str, nn.Parameter]:
     every = dict(model.named_parameters())
+    lazy = [name for name, parameter in every.items() if is_lazy(parameter)]
+    if lazy:
+        raise InputError(
+            f"Parameter {lazy[0]!r} belongs to a lazy module that has seen no input, so its shape is not known yet. Run one forward pass first: "
+            "model(inputs)."
+        )
     if params is None and isinstance(model, FunctionModel):
         return every
     if params is None:

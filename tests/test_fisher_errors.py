@@ -96,7 +96,11 @@ class Falls(nn.Linear):
     [
         (FunctionalDropout, InputError, "same batch gave two different outputs.*model.eval"),
         (BatchMean, InputError, "depends on the other examples of its batch"),
-        (Pair, InputError, "must return one tensor of outputs; it returned tuple"),
+        (
+            Pair,
+            InputError,
+            r"must return one tensor of outputs, .* as logits; it returned tuple of length 2\. Wrap it.*self\.model\(x\)\[0\]",
+        ),
         (Falls, InputError, r"The model failed on the data.*ValueError: no way\. Inputs: \(7, 5\) float64"),
         (Summed, InputError, "other examples of its batch|have shape"),
     ],

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from fisherlens import errors
 from fisherlens.errors import ConvergenceWarning, InputError, MemoryBudgetError, NonFiniteError, readable_bytes
+from fisherlens.fisher.checks import check_arguments, finite
 from fisherlens.fisher.damped import Vector, check_damping
 from fisherlens.fisher.operator import Fisher
 from fisherlens.fisher.solve import Preconditioner
 from fisherlens.likelihoods import Likelihood, as_likelihood
 from fisherlens.linalg.minres import minres
 from fisherlens.scores import LossCurvature, Plan, parse_memory
-from fisherlens.scores.draws import check_options
 
 # As for Fisher.dense: parameters up to which P products are taken for granted.
 DENSE_LIMIT = 5000
@@ -61,12 +61,19 @@ class Hessian(Fisher):
         seed: int = 0,
         memory: str | float = "2GiB",
         progress: bool | None = None,
+        check_deterministic: bool = True,
     ):
         self.likelihood, self.memory = as_likelihood(likelihood), parse_memory(memory)
-        check_options(kind, mc_sampling, rows)
+        mc_samples, seed = check_arguments(kind, mc_samples, mc_sampling, rows, seed, check_deterministic)
         self.kind, self.mc_samples, self.mc_sampling, self.rows, self.seed = kind, mc_samples, mc_sampling, rows, seed
         self.curvature = LossCurvature(
-            model, data, self.likelihood, params=params, budget=self.memory, progress=progress
+            model,
+            data,
+            self.likelihood,
+            params=params,
+            budget=self.memory,
+            progress=progress,
+            check_deterministic=check_deterministic,
         )
         self.layout, self.plan = self.curvature.layout, self.curvature.plan
         self.total_weight, self.parameters = self.curvature.total_weight, self.curvature.parameters
@@ -138,6 +145,10 @@ class Hessian(Fisher):
             out[:, start:stop] = self.curvature.product(identity, names) / self.total_weight
         return (out + out.T) / 2
 
+    def _cast(self, answer: Tensor, what: str) -> Tensor:
+        """A copy in the dtype of every answer, which may be too small for it."""
+        return finite(answer.to(self.dtype, copy=True), what, self.dtype)
+
     def matrix(self, max_params: int = DENSE_LIMIT, what: str = "dense()") -> Tensor:
         """H itself in float64, ``(P, P)``, P products; kept where it fits a quarter of the memory budget."""
         if self._kept is not None:
@@ -155,7 +166,7 @@ class Hessian(Fisher):
 
     def diagonal(self, max_params: int = DENSE_LIMIT) -> Tensor:
         """Diagonal of H, flat ``(P,)``, exact; P products, refused above ``max_params``. Entries may be negative."""
-        return self.matrix(max_params, "diagonal()").diagonal().to(self.dtype, copy=True)
+        return self._cast(self.matrix(max_params, "diagonal()").diagonal(), "The diagonal of H")
 
     def trace(self, max_params: int = DENSE_LIMIT) -> float:
         """Trace of H in nat, exact; P products, refused above ``max_params``."""
@@ -171,20 +182,21 @@ class Hessian(Fisher):
 
     def dense(self, max_params: int = DENSE_LIMIT) -> Tensor:
         """The matrix itself, ``(P, P)``; P products, refused above ``max_params``."""
-        return self.matrix(max_params).to(self.dtype, copy=True)
+        return self._cast(self.matrix(max_params), "H.dense()")
 
     def block(self, names: str | Sequence[str], max_params: int = DENSE_LIMIT) -> Tensor:
         """The diagonal block of some layers or parameters (names or patterns), in layout order; one product per entry."""
         index = self.layout.index_of(names).to(self.device)
         if self._kept is not None:
-            return self._kept[index][:, index].to(self.dtype)
+            return self._cast(self._kept[index][:, index], f"The block {names!r} of H")
         if len(index) > max_params:
             size = readable_bytes(len(index) ** 2 * 8)
             raise MemoryBudgetError(
                 f"The block {names!r} takes {len(index)} products with H, one per parameter, and {size}; the cap is {max_params}. Raise max_params."
             )
         starts = set(index.tolist())
-        return self._columns([p.name for p in self.layout.parameters if p.start in starts]).to(self.dtype)
+        found = self._columns([p.name for p in self.layout.parameters if p.start in starts])
+        return self._cast(found, f"The block {names!r} of H")
 
     # --- solves ------------------------------------------------------------------------------------------------------
 

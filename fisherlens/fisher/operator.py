@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from fisherlens import errors
 from fisherlens.errors import InputError, MemoryBudgetError, NonFiniteError, readable_bytes
+from fisherlens.fisher.checks import check_arguments, finite
 from fisherlens.fisher.damped import DampedFisher, Vector, check_damping, to_scipy
 from fisherlens.fisher.solve import Preconditioner, Solver
 from fisherlens.layout import Layout
 from fisherlens.likelihoods import Likelihood, as_likelihood
 from fisherlens.scores import KINDS, Plan, ScoreMatrix, capture, parse_memory
-from fisherlens.scores.draws import check_options
 
 if TYPE_CHECKING:
     import scipy.sparse.linalg
@@ -46,12 +46,14 @@ class Fisher:
     Parameters
     ----------
     model
-        Any ``nn.Module``, used as it stands and left as it was. ``Linear``, ``Conv1d/2d/3d`` and normalisation layers have closed
+        Any ``nn.Module``, used as it stands and left as it was, that returns one tensor, or an object or dict that holds it as
+        ``logits``. ``Linear``, ``Conv1d/2d/3d`` and normalisation layers have closed
         rules; every other parameter (attention, recurrent cells, tied weights, functional calls) is exact too, through one
         gradient per example and column, which costs more time and memory (see :attr:`plan`).
     data
-        ``(inputs, targets)`` tensors, or a re-iterable of such batches. ``inputs`` may be a tensor, tuple or dict; ``targets``
-        may be None for the exact and mc kinds without class weights.
+        ``(inputs, targets)`` tensors, or a re-iterable of such batches, the same in every pass. ``inputs`` may be a tensor, tuple or
+        dict, whose tensors count examples on their first axis or are shared by all; ``targets`` may be None for the exact and mc kinds
+        without class weights. A batch may also be one dict with the targets under ``"labels"``, taken as they stand (not shifted).
     likelihood
         ``"categorical"``, ``"bernoulli"``, ``"gaussian"``, or an instance of :class:`Categorical`, :class:`Bernoulli`, :class:`Gaussian`.
     kind
@@ -76,6 +78,10 @@ class Fisher:
         Budget for what is kept, bytes or text; decides per layer between factors and explicit rows (see :attr:`plan`).
     progress
         Show a bar while capturing; None for "if standard error is a terminal".
+    check_deterministic
+        Refuse batches that differ between two passes over ``data`` (a shuffling loader, augmentation), and a model that answers one
+        batch in two ways: F would be no fixed matrix. False trusts both, and F is that of the pass in which it was captured; where
+        scores are not kept, each product then is that of its own pass.
 
     Attributes
     ----------
@@ -129,16 +135,13 @@ class Fisher:
         seed: int = 0,
         memory: str | float = "2GiB",
         progress: bool | None = None,
+        check_deterministic: bool = True,
     ):
         self.likelihood = as_likelihood(likelihood)
         if kind not in KINDS:
             hint = errors.nearest(kind, (*KINDS, "hessian"))
             raise InputError(errors.UNKNOWN_NAME.format(what="kind", name=kind, hint=hint))
-        if not isinstance(mc_samples, int) or isinstance(mc_samples, bool) or mc_samples < 1:
-            raise InputError(f"mc_samples must be an integer >= 1, the label draws per example; got {mc_samples!r}.")
-        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-            raise InputError(f"seed must be an integer >= 0; got {seed!r}.")
-        check_options(kind, mc_sampling, rows)
+        mc_samples, seed = check_arguments(kind, mc_samples, mc_sampling, rows, seed, check_deterministic)
         self.kind, self.mc_samples, self.mc_sampling, self.rows, self.seed = kind, mc_samples, mc_sampling, rows, seed
         self.memory = parse_memory(memory)
         found = capture(
@@ -153,6 +156,7 @@ class Fisher:
             seed=seed,
             budget=self.memory,
             progress=progress,
+            check_deterministic=check_deterministic,
         )
         self.layout: Layout = found.layout
         self.plan: Plan = found.plan
@@ -253,29 +257,30 @@ class Fisher:
             raise NonFiniteError(
                 "The vector handed to F holds NaN or infinity, and so would the product. Look at where it was computed."
             )
-        if v.ndim == 2:
-            return function(v) if v.shape[1] else v.clone()
-        return function(v[:, None])[:, 0]
+        if v.ndim == 2 and not v.shape[1]:
+            return v.clone()
+        answer = function(v) if v.ndim == 2 else function(v[:, None])[:, 0]
+        return finite(answer, "The product or solve with this vector", self.dtype)
 
     def diagonal(self) -> Tensor:
         """Diagonal of F, flat ``(P,)``, exact and without the matrix."""
-        return self.scores.diagonal() / self.total_weight
+        return finite(self.scores.diagonal() / self.total_weight, "F.diagonal()", self.dtype)
 
     def trace(self) -> float:
         """Trace of F in nat: the mean squared length of the scores."""
-        return self.scores.trace().item() / self.total_weight
+        return finite(self.scores.trace().item() / self.total_weight, "F.trace()", self.dtype)
 
     def frobenius_norm(self) -> float:
         """Frobenius norm of F, √Σ F_ij², through the Gram matrix or the dense one, whichever is smaller."""
         self._require_room("The Frobenius norm needs", min(self.n_params, self.scores.rows))
-        if self.n_params <= self.scores.rows:
-            return (torch.linalg.matrix_norm(self.scores.dense().double()) / self.total_weight).item()
-        return (torch.linalg.matrix_norm(self.scores.full_gram().double()) / self.total_weight).item()
+        smaller = self.scores.dense() if self.n_params <= self.scores.rows else self.scores.full_gram()
+        norm = torch.linalg.matrix_norm(smaller.double()).item() / self.total_weight
+        return finite(norm, "F.frobenius_norm()", self.dtype)
 
     def gram(self) -> Tensor:
         """U Uᵀ / W, one row per kept score row: the same non-zero spectrum as F."""
         self._require_room("F.gram() is", self.scores.rows)
-        return self.scores.gram() / self.total_weight
+        return finite(self.scores.gram() / self.total_weight, "F.gram()", self.dtype)
 
     def _require_room(self, what: str, order: int) -> None:
         """Refuse a matrix of this order that would not fit the budget, before the memory is asked for."""
@@ -292,7 +297,7 @@ class Fisher:
             raise InputError(
                 "The gradient needs observed labels, but this Fisher was built with targets=None. Rebuild it with (inputs, targets)."
             )
-        return self._gradient.clone()
+        return finite(self._gradient.clone(), "F.gradient()", self.dtype)
 
     # --- small matrices ----------------------------------------------------------------------------------------------
 
@@ -304,7 +309,7 @@ class Fisher:
                 f"F.dense() of {self.n_params} parameters would take {size}; the cap is {max_params} parameters. Use F @ v, F.block(names) or "
                 "fl.spectrum(F), which need no matrix, or raise max_params."
             )
-        return self.scores.dense() / self.total_weight
+        return finite(self.scores.dense() / self.total_weight, "F.dense()", self.dtype)
 
     def block(self, names: str | Sequence[str], max_params: int = 5000) -> Tensor:
         """The diagonal block of some layers or parameters (names or patterns), in layout order."""
@@ -314,7 +319,7 @@ class Fisher:
             raise MemoryBudgetError(
                 f"The block {names!r} of {len(index)} parameters would take {size}; the cap is {max_params}. Raise max_params."
             )
-        return self.scores.dense(index) / self.total_weight
+        return finite(self.scores.dense(index) / self.total_weight, f"The block {names!r} of F", self.dtype)
 
     # --- solves ------------------------------------------------------------------------------------------------------
 
@@ -381,7 +386,7 @@ class Fisher:
         d = self._gradient_coefficients
         if d is None or self.solver.dense_side or not self.solver.direct or not torch.isfinite(d).all():
             return self.solve(gradient, damping)
-        return self.solver.solve_row_space(d, damping)
+        return finite(self.solver.solve_row_space(d, damping), "F.natural_gradient()", self.dtype)
 
     def single_sample(self, seed: int) -> ScoreMatrix:
         """Score rows with R = 1: at labels drawn from the model for the exact kind, the first draw for mc, as they are for empirical.

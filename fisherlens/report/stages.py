@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from fisherlens.coupling import coupling
-from fisherlens.errors import InputError
+from fisherlens.errors import InputError, NonFiniteError
 from fisherlens.fisher import Fisher
 from fisherlens.independence import independence
 from fisherlens.information import information
@@ -71,10 +72,10 @@ def analyse(
         loss = _loss(model, data, F) if has_targets else float("nan")
         store.put("fisher", _facts(F, top, damping, loss), stage)
     if not top > 0:
-        zero = "F is zero: no output depends on any parameter here, so there is nothing to analyse."
-        reason = (
-            zero if F.trace() == 0 else "F is not finite: the squares of its scores overflow, so it cannot be analysed."
-        )
+        reason = "F is not finite: the squares of its scores overflow, so it cannot be analysed."
+        with suppress(NonFiniteError):
+            if F.trace() == 0:
+                reason = "F is zero: no output depends on any parameter here, so there is nothing to analyse."
         store.log("all further analyses", stage, "failed", reason)
         tick(stage, STAGE_WEIGHT - WEIGHTS["spectrum"])
         return

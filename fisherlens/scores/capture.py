@@ -13,17 +13,11 @@ from fisherlens._progress import progress as progress_bar
 from fisherlens.errors import InputError
 from fisherlens.layout import FunctionModel, Layout
 from fisherlens.likelihoods import BoundLikelihood, Likelihood
+from fisherlens.scores.checks import LOW_PRECISION, check_model
 from fisherlens.scores.collector import Collector, require_finite_scores
 from fisherlens.scores.matrix import ScoreMatrix
 from fisherlens.scores.plan import Plan, Sizes, make_plan
-from fisherlens.scores.recorder import (
-    LOW_PRECISION,
-    Recorder,
-    Unexplained,
-    check_model,
-    leaf_gradients,
-    preserved_randomness,
-)
+from fisherlens.scores.recorder import Recorder, Unexplained, leaf_gradients, preserved_randomness
 from fisherlens.scores.source import Batch, Source
 from fisherlens.scores.streamed import StreamedMatrix
 
@@ -66,6 +60,7 @@ def capture(
     seed: int = 0,
     budget: int,
     progress: bool | None = None,
+    check_deterministic: bool = True,
 ) -> Capture:
     """Pass over the data once and keep every layer's scores; see :class:`fisherlens.Fisher` for the arguments."""
     model, params = as_module(model, params)
@@ -74,11 +69,11 @@ def capture(
     first = dict(model.named_parameters())[layout.names[0]]
     like = torch.empty(0, dtype=torch.float32 if first.dtype in LOW_PRECISION else first.dtype, device=first.device)
     with preserved_randomness(like.device):
-        source = Source(data, like.device)
+        source = Source(data, like.device, check=check_deterministic)
         sample = first_examples(source)
         without_rule: set[str] = set()
         while True:
-            recorder = Recorder(model, layout)
+            recorder = Recorder(model, layout, check=check_deterministic)
             recorder.release(without_rule)
             collector = Collector(
                 recorder, likelihood, kind, mc_samples, sample, like, source.n_data, mc_sampling, rows

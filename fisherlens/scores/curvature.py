@@ -14,18 +14,13 @@ from fisherlens._progress import progress as progress_bar
 from fisherlens.errors import InputError, NonFiniteError, UnsupportedModuleError
 from fisherlens.layout import Layout
 from fisherlens.likelihoods import BoundLikelihood, Likelihood
+from fisherlens.scores.batch import map_tensors
 from fisherlens.scores.capture import as_module, first_examples
+from fisherlens.scores.checks import LOW_PRECISION, check_model
 from fisherlens.scores.loss import check_differentiable, loss_gradient
 from fisherlens.scores.loss_graph import LossGraph, check_differences, check_nodes, check_symmetric
 from fisherlens.scores.plan import Plan, Sizes, make_plan
-from fisherlens.scores.recorder import (
-    LOW_PRECISION,
-    Recorder,
-    check_model,
-    flattened_map,
-    preserved_randomness,
-    probe,
-)
+from fisherlens.scores.recorder import Recorder, flattened_map, preserved_randomness, probe
 from fisherlens.scores.source import Batch, Source, tensors_of
 
 # Bytes of the graph of one piece: larger passes gain nothing on a CPU and lose the caches (our choice).
@@ -43,7 +38,7 @@ class LossCurvature:
 
     Parameters
     ----------
-    model, data, likelihood, params, progress
+    model, data, likelihood, params, progress, check_deterministic
         As for :class:`fisherlens.Fisher`.
     budget
         Bytes that may be kept; an eighth of it bounds the graph of one piece.
@@ -58,6 +53,7 @@ class LossCurvature:
         params: Any = None,
         budget: int,
         progress: bool | None = None,
+        check_deterministic: bool = True,
     ):
         model, params = as_module(model, params)
         layout = Layout.from_model(model, params)
@@ -68,10 +64,10 @@ class LossCurvature:
         self._coarse = first.dtype in LOW_PRECISION
         self._plain, self._batches, self._graphs = False, False, []
         with torch.inference_mode(False), preserved_randomness(self.device):
-            self.source = Source(data, self.device)
+            self.source = Source(data, self.device, check=check_deterministic)
             self.n_data = self.source.n_data
             sample = first_examples(self.source)
-            self.recorder = Recorder(model, layout)
+            self.recorder = Recorder(model, layout, check=check_deterministic)
             outputs = probe(self.recorder, sample)
             likelihood.check_data(outputs.shape[1:], self.n_data)
             sample_at = slice(0, sample.size)  # which examples they are does not matter for what is learnt from them
@@ -325,14 +321,5 @@ class LossCurvature:
 
 def _own(batch: Batch) -> Batch:
     """A copy of the data: a kept graph must not see what the user does to the data later."""
-
-    def copy(x: Any) -> Any:
-        return x.clone() if isinstance(x, Tensor) else x
-
-    if isinstance(batch.inputs, Mapping):
-        inputs: Any = {key: copy(x) for key, x in batch.inputs.items()}
-    elif isinstance(batch.inputs, (tuple, list)):
-        inputs = tuple(copy(x) for x in batch.inputs)
-    else:
-        inputs = copy(batch.inputs)
-    return replace(batch, inputs=inputs, targets=copy(batch.targets))
+    targets = None if batch.targets is None else batch.targets.clone()
+    return replace(batch, inputs=map_tensors(batch.inputs, lambda x: x.clone()), targets=targets)

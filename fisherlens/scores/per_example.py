@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from fisherlens.errors import InputError
 from fisherlens.layout import LayerInfo
-from fisherlens.scores.source import Batch
+from fisherlens.scores.batch import Batch, map_tensors, tensors_of
 
 # Examples that one vectorised pass takes at most: it holds every activation of each of them.
 _CHUNK = 64
@@ -50,7 +49,7 @@ class PerExample:
     def rows(self, batch: Batch, signal: Tensor) -> dict[str, list[Tensor]]:
         """Per layer, one ``(n, numel)`` piece per parameter: the gradient of ⟨signal_n, f(x_n)⟩ for every example n."""
         found = self._all(batch, signal)
-        return {layer.name: [found[p.name].flatten(1) for p in layer.parameters] for layer in self.layers}
+        return {layer.name: [found[p.name].reshape(batch.size, -1) for p in layer.parameters] for layer in self.layers}
 
     def _leaves(self) -> dict[str, Tensor]:
         leaves = self._recorder.leaves()
@@ -60,8 +59,12 @@ class PerExample:
         if self._vectorised:
             try:
                 return self._vmapped(batch, signal)
-            except (RuntimeError, NotImplementedError, ValueError, TypeError):
-                self._vectorised = False  # an operation without a batching rule, or control flow that depends on data
+            except torch.OutOfMemoryError:
+                raise
+            except (
+                Exception
+            ):  # an operation without a batching rule, or control flow that depends on data; the plain way tells more
+                self._vectorised = False
         pieces = [self._one(batch.part(i, i + 1), signal[i : i + 1]) for i in range(batch.size)]
         return {name: torch.stack([piece[name] for piece in pieces]) for name in self._names}
 
@@ -89,27 +92,17 @@ class PerExample:
                 return {name: torch.zeros_like(value) for name, value in values.items()}
             grads = torch.autograd.grad(outputs, list(values.values()), signal, allow_unused=True)
         return {
-            name: torch.zeros_like(value) if g is None else g
+            name: torch.zeros_like(value) if g is None else g.to_dense() if g.is_sparse else g
             for (name, value), g in zip(values.items(), grads, strict=True)
         }
 
 
-def _split(batch: Batch) -> tuple[list[tuple[Tensor, bool]], Any]:
+def _split(batch: Batch) -> tuple[list[tuple[Tensor, bool]], Callable[[Sequence[Tensor]], Any]]:
     """Tensors of the inputs with "has the example axis", and how to put others in their places."""
-    inputs = batch.inputs
-    if isinstance(inputs, Tensor):
-        return [(inputs, True)], lambda tensors: tensors[0]
-    keys = list(inputs) if isinstance(inputs, Mapping) else list(range(len(inputs)))
-    values = [inputs[key] for key in keys]
-    places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
-    if not places:
-        raise InputError("The inputs of a batch must hold at least one tensor.")
-    leaves = [(values[i], values[i].ndim > 0 and values[i].shape[0] == batch.size) for i in places]
+    leaves = [(x, batch.counts_examples(x)) for x in tensors_of(batch.inputs)]
 
     def rebuild(tensors: Sequence[Tensor]) -> Any:
-        filled = list(values)
-        for i, tensor in zip(places, tensors, strict=True):
-            filled[i] = tensor
-        return dict(zip(keys, filled, strict=True)) if isinstance(inputs, Mapping) else tuple(filled)
+        following = iter(tensors)
+        return map_tensors(batch.inputs, lambda _: next(following))
 
     return leaves, rebuild

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,15 +18,16 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 
-from fisherlens.errors import FisherLensError, InputError, NonFiniteError
+from fisherlens.errors import FisherLensError, InputError
 from fisherlens.layout import ROOT, FunctionModel, LayerInfo, Layout
 from fisherlens.linalg.memory import Workspace
+from fisherlens.scores.checks import LOW_PRECISION, random_module
 from fisherlens.scores.conv import ConvGeometry, conv_rows
 from fisherlens.scores.embedding import embedding_rows
+from fisherlens.scores.look_up import ForwardRules
 from fisherlens.scores.norm import norm_rows
-from fisherlens.scores.source import Batch, call, describe, tensors_of
+from fisherlens.scores.source import Batch, call, describe, output_tensor, tensors_of
 
-LOW_PRECISION = (torch.bfloat16, torch.float16)
 _PASS_THROUGH = ("Relu", "Clone", "Alias", "Dropout", "Tanh", "Sigmoid", "Gelu", "Elu", "Silu", "Softplus", "ToCopy")
 
 
@@ -68,18 +70,28 @@ def _has_rule(layer: LayerInfo) -> bool:
 class Recorder:
     """Forward pass of a model with the selected parameters as leaves of the graph and every use of a layer recorded.
 
-    The user's parameters are not part of the graph, so neither their ``grad`` nor their flags can change.
+    The user's parameters are not part of the graph, so neither their ``grad`` nor their flags can change, and what a forward pass
+    writes into its modules (counters, weights computed by hooks) is undone. Wrappers (DataParallel, compiled modules) are called
+    without their wrapping: kernels that were compiled before do not call hooks.
+
+    Parameters
+    ----------
+    model, layout
+        The network, and its selected parameters.
+    check
+        Whether :func:`probe` runs the model twice on the same batch.
     """
 
-    def __init__(self, model: nn.Module, layout: Layout):
-        self.model, self.layout = model, layout
+    def __init__(self, model: nn.Module, layout: Layout, *, check: bool = True):
+        self.model, self.layout, self.check = model, layout, check
         modules = dict(model.named_modules())
         with_rule = [layer.name for layer in layout.layers if _has_rule(layer)]
         self.modules = {name: modules["" if name == ROOT else name] for name in with_rule}
         self.copy_inputs = False
         self._frozen: dict[str, Tensor] | None = None
         self._modes: dict[nn.Module, bool] = {}
-        self._caller = Caller(model)
+        bare, self._prefix = unwrapped(model)
+        self._caller = Caller(bare)
 
     def freeze(self) -> None:
         """Keep copies of parameters, buffers and modes: later passes must not see what training does to the model meanwhile."""
@@ -95,20 +107,28 @@ class Recorder:
 
     def outputs(self, batch: Batch, values: Mapping[str, Tensor]) -> Tensor:
         """Outputs with some parameters replaced, and the rest as they were frozen; at least in float32."""
-        with self._frozen_modes():
+        with self._borrowed_modules(), _uncompiled():
             return self._outputs(batch, values)
 
     @contextmanager
-    def _frozen_modes(self) -> Iterator[None]:
-        """Training or evaluation mode of every module as it was frozen, and after the call as it is."""
-        changed = {module: module.training for module, mode in self._modes.items() if module.training != mode}
+    def _borrowed_modules(self) -> Iterator[None]:
+        """Modules in the mode in which they were frozen, with dense gradients of tables; after the call as they were."""
+        before = [(module, module.__dict__.copy()) for module in self.model.modules()]
         try:
-            for module, mode in changed.items():
-                module.training = not mode
+            for module, _ in before:
+                if module in self._modes:
+                    module.training = self._modes[module]
+                if isinstance(
+                    module, (nn.Embedding, nn.EmbeddingBag)
+                ):  # a sparse gradient has the same entries, but no forward-mode rule
+                    module.sparse = False
             yield
         finally:
-            for module, mode in changed.items():
-                module.training = mode
+            for module, attributes in before:
+                now = module.__dict__
+                for name in [name for name in now if name not in attributes]:
+                    del now[name]
+                now.update((name, value) for name, value in attributes.items() if now.get(name, now) is not value)
 
     def _outputs(self, batch: Batch, values: Mapping[str, Tensor]) -> Tensor:
         # a forward may write into its buffers (power iterations, counters), so it is given copies
@@ -116,11 +136,10 @@ class Recorder:
         copies = {name: buffer.clone() for name, buffer in buffers.items()}
         replaced = {**(self._frozen or {}), **copies, **values}
         if isinstance(self.model, FunctionModel):
-            outputs = self.model.function({**self.model.values, **replaced}, batch.inputs)
+            outputs = output_tensor(self.model.function({**self.model.values, **replaced}, batch.inputs))
         else:
-            outputs = functional_call(
-                self._caller, {f"model.{name}": v for name, v in replaced.items()}, (batch.inputs,)
-            )
+            inner = {f"model.{name.removeprefix(self._prefix)}": value for name, value in replaced.items()}
+            outputs = functional_call(self._caller, inner, (batch.inputs,))
         return outputs.float() if outputs.dtype in LOW_PRECISION else outputs
 
     def graph_bytes(self, batch: Batch) -> int:
@@ -142,7 +161,7 @@ class Recorder:
     def outputs_with_graph(self, batch: Batch, leaves: Mapping[str, Tensor]) -> Tensor:
         """Outputs as a twice differentiable function of the leaves, whatever gradient mode surrounds the call."""
         # fused attention kernels have neither a forward-mode rule nor a second derivative; the plain one has both
-        with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), ForwardRules():
             return self.outputs(batch, leaves)
 
     def release(self, names: Iterable[str]) -> None:
@@ -197,6 +216,23 @@ class Caller(nn.Module):
 
     def forward(self, inputs: Any) -> Tensor:
         return call(self.model, inputs)
+
+
+def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
+    """The module inside of wrappers that compute the same function, and the prefix of its parameters' names."""
+    prefix = ""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model, prefix = model.module, f"{prefix}module."
+        elif type(model).__name__ == "OptimizedModule" and isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model, prefix = model._orig_mod, f"{prefix}_orig_mod."
+        else:
+            return model, prefix
+
+
+def _uncompiled() -> Any:
+    """Compiled parts of a model run as they were written: what was compiled before knows nothing of hooks set now."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def backward(
@@ -275,43 +311,6 @@ def flattened_map(use: Use) -> tuple[int, int, int] | None:
     return None
 
 
-def check_model(model: nn.Module, layout: Layout) -> None:
-    """Refuse what has no fixed per-example Fisher, naming the module or parameter."""
-    for name, module in model.named_modules():
-        label = f"{name or ROOT!r} ({type(module).__name__})"
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
-            how = "is in training mode" if module.training else "has no running statistics"
-            raise InputError(
-                f"Module {label} {how}, so it couples the examples of a batch and no per-example Fisher exists. "
-                "Call model.eval() before the analysis (and keep track_running_stats=True)."
-            )
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and (module.max_norm or module.scale_grad_by_freq):
-            option = (
-                "max_norm rewrites the table"
-                if module.max_norm
-                else "scale_grad_by_freq rescales its gradient by the batch"
-            )
-            raise InputError(
-                f"Module {label}: {option} in every forward pass, so its gradient is not a derivative of the outputs. Build the table without it."
-            )
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
-            raise InputError(
-                f"Module {label} is in training mode with p={module.p}, so two passes differ and F is not one fixed matrix. Call model.eval()."
-            )
-    parameters = dict(model.named_parameters())
-    kinds = {(parameters[name].dtype, parameters[name].device) for name in layout}
-    if len(kinds) > 1 or next(iter(kinds))[0] not in (torch.float32, torch.float64, *LOW_PRECISION):
-        raise InputError(
-            f"The selected parameters must share one device and one real dtype; got {sorted(map(str, kinds))}. "
-            "Use model.float() or model.double(), or select parameters with params=[...]."
-        )
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise NonFiniteError(
-                f"Parameter {name!r} holds NaN or infinity. Training probably diverged; load an earlier state or lower the learning rate."
-            )
-
-
 def probe(recorder: Recorder, batch: Batch) -> Tensor:
     """Run a few examples: the model must work, be deterministic, and not couple the examples of a batch."""
     try:
@@ -323,16 +322,27 @@ def probe(recorder: Recorder, batch: Batch) -> Tensor:
             f"The model failed on {batch.where}: {type(error).__name__}: {error}. Inputs: {describe(batch.inputs)}; parameters: "
             f"{next(iter(recorder.model.parameters())).dtype}. Check the inputs' shape, dtype (inputs.to(dtype)) and device by calling the model on them."
         ) from error
+    if not outputs.numel():
+        raise InputError(
+            f"The model's outputs for {batch.size} examples have shape {tuple(outputs.shape)}: nothing of which there is a likelihood. Check its last layer."
+        )
+    if not outputs.is_floating_point():
+        raise InputError(
+            f"The model's outputs have dtype {outputs.dtype}; a likelihood needs real logits or means. Return those, not labels (argmax) and not "
+            "complex numbers (torch.view_as_real)."
+        )
     if not torch.isfinite(outputs).all():
         return outputs  # the likelihood names what is wrong
-    again = recorder.forward(batch)[0]
     scale = outputs.detach().abs().max().item() or 1.0
-    gap = (outputs - again).detach().abs().max().item()
-    if gap > 1e-5 * scale:
-        raise InputError(
-            f"The same batch gave two different outputs (largest difference {gap:.3g}), so F is not one fixed matrix. A module draws random "
-            "numbers in its forward; call model.eval() or fix its randomness."
-        )
+    if recorder.check:
+        again = recorder.forward(batch)[0]
+        gap = (outputs - again).detach().abs().max().item() if again.shape == outputs.shape else float("inf")
+        if gap > 1e-5 * scale:
+            found = random_module(recorder.model, lambda: recorder.forward(batch))
+            raise InputError(
+                f"The same batch gave two different outputs (largest difference {gap:.3g}), so F is not one fixed matrix. {found} draws random "
+                "numbers in its forward, or counts its calls; call model.eval() or fix its randomness. check_deterministic=False skips this test."
+            )
     if batch.size > 1:
         alone = recorder.forward(batch.part(0, 1))[0]
         gap = (outputs[:1] - alone).detach().abs().max().item() if alone.shape == outputs[:1].shape else float("inf")
