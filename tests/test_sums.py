@@ -55,7 +55,7 @@ def test_buffers_of_a_block_product_are_bounded(monkeypatch):
     c = case("mlp_tanh")
     F = c.fisher()
     layer = F.scores.layers[0]
-    assert [rows.stop - rows.start for rows, _ in layer._parts(3)][0] == 2 * F.n_columns
+    assert next(rows.stop - rows.start for rows, _ in layer._parts(3)) == 2 * F.n_columns
     assert error(F @ c.vectors(3), c.matrix @ c.vectors(3)) < 1e-10
 
 

@@ -21,6 +21,26 @@ PART = 4096
 _PART_BYTES = 256 * 2**20
 
 
+class Total:
+    """A sum of tensors of one dtype, taken in float64 from the second on; the first is kept, not copied."""
+
+    def __init__(self):
+        self._value: Tensor | None = None
+
+    def add(self, x: Tensor) -> None:
+        if self._value is None:
+            self._value, self._dtype = x, x.dtype
+        else:
+            self._value = self._value.double()
+            self._value += x.double()  # faster than a sum of two dtypes
+
+    def value(self) -> Tensor:
+        """The sum, in the dtype of its terms."""
+        if self._value is None:
+            raise ValueError("an empty sum has no shape")
+        return self._value.to(self._dtype)
+
+
 class LayerScores(ABC):
     """The columns of the score matrix U that belong to one layer, U_l of shape ``(rows, p)``.
 
@@ -85,12 +105,10 @@ class LayerScores(ABC):
 
     def _summed(self, function: Callable[[LayerScores], Tensor]) -> Tensor:
         """Sum over the parts, in float64 where there are several."""
-        parts = self._parts()
-        total = function(next(parts)[1])
-        for k, (_, part) in enumerate(parts):
-            total = total.double() if k == 0 else total
-            total += function(part)
-        return total.to(self.dtype)
+        total = Total()
+        for _, part in self._parts():
+            total.add(function(part))
+        return total.value()
 
     def rmatmat(self, z: Tensor, out: Tensor) -> None:
         """Write U_lᵀ Z, for Z ``(rows, K)``, into ``out`` of shape ``(K, p)`` (its transpose)."""
@@ -99,11 +117,12 @@ class LayerScores(ABC):
         part._rmatmat(z[rows], out)
         if rows.stop == self.rows:
             return
-        total, buffer = out.double(), self._empty(*out.shape)
+        total, buffer = Total(), self._empty(*out.shape)
+        total.add(out)
         for rows, part in parts:
             part._rmatmat(z[rows], buffer)
-            total += buffer
-        out.copy_(total)
+            total.add(buffer)
+        out.copy_(total.value())
 
     @abstractmethod
     def _rmatmat(self, z: Tensor, out: Tensor) -> None:

@@ -23,6 +23,9 @@ from fisherlens.scores.writers import Writer
 
 # Larger passes gain nothing on a CPU and lose the caches; on a GPU this still fills the device (our choice).
 _TRANSIENT = 192 * 2**20
+# The same for a pass that collects no scores; measured on convolutions, which want their activations in the caches. Below it
+# the fixed cost of a pass dominates, so it is taken also where the budget of what is kept is smaller.
+_LINEAR = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,8 @@ class Collector:
         Also tells the plan what the largest piece adds to the scores that are kept.
         """
         per_example = max(1, self.graph_bytes + self._buffer_bytes())
-        step = max(1, min(4096, min(budget // 8, _TRANSIENT) // per_example))
+        share = budget // 2 if self.plan.streamed else budget // 8  # kept scores need the rest
+        step = max(1, min(4096, min(share, _TRANSIENT) // per_example))
         gradients = (8 + self.like.dtype.itemsize) * self.layout.n_params  # the mean gradient is summed in float64
         self.plan.transient_nbytes = min(step, self.plan.n_data) * per_example + gradients
         return step
@@ -138,13 +142,17 @@ class Collector:
                         patches += inputs + use.inputs.shape[1] * kernel * positions
         return size * (buffers + patches + 3 * largest)
 
-    def pieces(self, source: Source, seed: int) -> Iterator[Piece]:
-        """The data in pieces; the labels' uniform numbers are the same in every pass and for every split into batches."""
+    def linear_step(self, vectors: int) -> int:
+        """Examples per piece where no scores are collected: the graph, and as many derivatives as there are vectors."""
+        return max(1, min(4096, _LINEAR // max(1, self.graph_bytes * (2 + vectors))))
+
+    def pieces(self, source: Source, seed: int, step: int | None = None) -> Iterator[Piece]:
+        """The data in pieces of ``step`` examples; the labels' uniform numbers are the same in every pass and for every split into batches."""
         draws = Draws(self._num_uniforms, self.mc_samples, self.mc_sampling, seed)
-        done = 0
+        done, step = 0, step or self.step
         for whole in source.batches():
-            for begin in range(0, whole.size, self.step):
-                batch = whole.part(begin, begin + self.step)
+            for begin in range(0, whole.size, step):
+                batch = whole.part(begin, begin + step)
                 yield Piece(slice(done, done + batch.size), batch, draws.take(batch.size))
                 done += batch.size
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fisherlens.errors import MemoryBudgetError, NonFiniteError
 from fisherlens.layout import LayerInfo
-from fisherlens.scores.base import LayerScores
-from fisherlens.scores.linearised import Graph, forward_derivative
+from fisherlens.scores.base import LayerScores, Total
+from fisherlens.scores.linearised import Graph, forward_derivatives
 from fisherlens.scores.matrix import ScoreMatrix
 from fisherlens.scores.recorder import preserved_randomness
 from fisherlens.scores.source import Source
@@ -19,9 +19,8 @@ from fisherlens.scores.source import Source
 if TYPE_CHECKING:
     from fisherlens.scores.collector import Collector, Piece
 
-# A linearised pass costs 5/3 of a gradient per vector; collecting a piece's scores costs (2 + R)/3 once for any number of
-# vectors, so it wins from a few vectors on.
-_FEW_VECTORS = 2
+# Vectors that one linearised pass takes at most: each adds its own activations to those of the graph (our choice).
+_TOGETHER = 8
 
 
 class StreamedLayer(LayerScores):
@@ -132,10 +131,18 @@ class StreamedMatrix(ScoreMatrix):
         part._grams = self._grams
         return part
 
-    def pieces(self) -> Iterator[Piece]:
-        """The data once more, global random state preserved."""
+    def pieces(self, vectors: int = 0) -> Iterator[Piece]:
+        """The data once more, global random state preserved, in pieces for scores or for so many vectors through the network."""
+        step = self.collector.linear_step(vectors) if vectors and not self._graphs else None
         with preserved_randomness(self.device):
-            yield from self.collector.pieces(self.source, self.seed)
+            yield from self.collector.pieces(self.source, self.seed, step)
+
+    def _linear(self, vectors: int) -> bool:
+        """Whether vectors cost less through the linearised network than through the scores of each piece.
+
+        In gradients: 1/3 + K against (1 + R)/3 + 2K/3 with scores; 4K/3 where the graph is kept.
+        """
+        return 4 * vectors <= 1 + self.r + 2 * vectors if self._graphs else vectors <= self.r
 
     def parts(self) -> Iterator[tuple[slice, ScoreMatrix]]:
         """Rows and score matrix of each piece, one at a time."""
@@ -143,70 +150,89 @@ class StreamedMatrix(ScoreMatrix):
             yield slice(piece.at.start * self.r, piece.at.stop * self.r), self.collector.matrix(piece)
 
     def matmat(self, v: Tensor) -> Tensor:
-        if v.shape[1] > _FEW_VECTORS:
+        if not self._linear(v.shape[1]):
             return torch.cat([scores.matmat(v) for _, scores in self.parts()])
-        rows = []
-        for piece in self.pieces():
-            rows.append(torch.stack([self._image(piece, v[:, k])[0] for k in range(v.shape[1])], dim=-1).flatten(0, 1))
-        return torch.cat(rows)
+        groups = self._tangents(v)
+        images = [torch.cat([self._image(piece, some)[0] for some in groups]) for piece in self._linear_pieces(groups)]
+        return torch.cat(images, dim=1).flatten(1).T.contiguous()
 
     def rmatmat(self, z: Tensor) -> Tensor:
-        out = torch.zeros(z.shape[1], self.size, dtype=torch.float64, device=self.device)
-        for rows, scores in self.parts():
-            out += scores.rmatmat(z[rows].contiguous()).T
-        return out.to(self.dtype).T
+        return self._total(scores.rmatmat(z[rows].contiguous()).T for rows, scores in self.parts()).T
 
     def product(self, v: Tensor, scale: float = 1.0) -> Tensor:
         """UᵀU V in one pass over the data; sums over pieces in float64."""
-        out = torch.zeros(v.shape[1], self.size, dtype=torch.float64, device=self.device)
-        if v.shape[1] > _FEW_VECTORS:
-            for _, scores in self.parts():
-                out += scores.product(v, scale).T
-            return out.to(self.dtype).T
-        for piece in self.pieces():
-            for k in range(v.shape[1]):
-                out[k] += self._linearised(piece, v[:, k])
-        return out.mul_(scale).to(self.dtype).T
+        if not self._linear(v.shape[1]):
+            return self._total(scores.product(v, scale).T for _, scores in self.parts()).T
+        groups = self._tangents(v)
+        totals = [[Total() for _ in group] for group in groups]
+        for piece in self._linear_pieces(groups):
+            for group, sums in zip(groups, totals, strict=True):
+                for total, gradient in zip(sums, self._linearised(piece, group), strict=True):
+                    total.add(gradient)
+        rows = [torch.cat([total.value().flatten(1) for total in sums], dim=1) for sums in totals]
+        return torch.cat(rows).to(self.dtype).mul_(scale).T
 
     def diagonal(self) -> Tensor:
-        return sum(scores.diagonal().double() for _, scores in self.parts()).to(self.dtype)
+        return self._total(scores.diagonal() for _, scores in self.parts())
 
     def trace(self) -> Tensor:
-        return sum(scores.trace() for _, scores in self.parts())
+        return self._total(scores.trace() for _, scores in self.parts())
+
+    def dense(self, index: Tensor | None = None) -> Tensor:
+        return self._total(scores.dense(index) for _, scores in self.parts())
+
+    def _total(self, terms: Iterable[Tensor]) -> Tensor:
+        total = Total()
+        for term in terms:
+            total.add(term)
+        return total.value()
 
     def columns(self, index: Tensor) -> Tensor:
         return torch.cat([scores.columns(index) for _, scores in self.parts()])
 
-    def dense(self, index: Tensor | None = None) -> Tensor:
-        return sum(scores.dense(index).double() for _, scores in self.parts()).to(self.dtype)
-
     def contract(self, coefficients: Tensor) -> ScoreMatrix:
         return ScoreMatrix([layer.contract(coefficients) for layer in self.layers])
 
-    def _image(self, piece: Piece, v: Tensor) -> tuple[Tensor, list[Tensor], Graph]:
-        """Row-space image ``(n, r)`` of one vector, the score columns, and the graph of the outputs."""
+    def _tangents(self, v: Tensor) -> list[dict[str, Tensor]]:
+        """Vectors ``(P, K)`` as tangents ``(k, *shape)`` of the parameters, in groups that go through the network together."""
+        layout = self.collector.layout
+        sizes = [layout[name].numel for name in layout.names]
+        leaves = self.collector.recorder.leaves()
+        return [
+            {
+                # memory of its own each: forward mode would copy the parts of a larger tensor again in every piece
+                name: part.reshape(len(part), *leaves[name].shape).to(leaves[name].dtype, copy=True)
+                for name, part in zip(layout.names, group.T.split(sizes, dim=1), strict=True)
+            }
+            for group in v.split(_TOGETHER, dim=1)
+        ]
+
+    def _linear_pieces(self, groups: Sequence[dict[str, Tensor]]) -> Iterator[Piece]:
+        return self.pieces(max(len(next(iter(group.values()))) for group in groups))
+
+    def _image(self, piece: Piece, tangents: dict[str, Tensor]) -> tuple[Tensor, list[Tensor], Graph]:
+        """Row-space images ``(K, n, r)`` of K vectors, the score columns, and the graph of the outputs."""
         recorder = self.collector.recorder
         if piece.at.start in self._graphs:
             graph = self._graphs[piece.at.start]
-            change = graph.derivative(self._tangents(v, graph.leaves))
+            changes = graph.derivatives(tangents)
         else:
-            leaves = recorder.leaves()
-            graph, change = forward_derivative(
-                lambda values: recorder.outputs_with_graph(piece.batch, values), leaves, self._tangents(v, leaves)
+            graph, changes = forward_derivatives(
+                lambda values: recorder.outputs_with_graph(piece.batch, values), recorder.leaves(), tangents
             )
         bound = self.collector.bind(graph.outputs, piece.batch, piece.at)
         columns = list(self.collector.signals(bound, piece.uniforms))
-        z = torch.stack([(column * change).flatten(1).sum(1) for column in columns], dim=1)
+        z = torch.stack([(column * changes).flatten(2).sum(2) for column in columns], dim=2)
         if not torch.isfinite(z).all():
             raise NonFiniteError(
                 f"The product on {piece.batch.where} holds NaN or infinity: a derivative overflowed. Use a float64 model."
             )
         return z, columns, graph
 
-    def _tangents(self, v: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: t.to(leaves[name].dtype) for name, t in self.collector.layout.unflatten(v).items()}
-
-    def _linearised(self, piece: Piece, v: Tensor) -> Tensor:
-        z, columns, graph = self._image(piece, v)
-        signal = sum(column * z[:, r].view(-1, *[1] * (column.ndim - 1)) for r, column in enumerate(columns))
-        return graph.pull_back(signal)
+    def _linearised(self, piece: Piece, tangents: dict[str, Tensor]) -> list[Tensor]:
+        """UᵀU V of one piece, ``(K, *shape)`` for each parameter."""
+        z, columns, graph = self._image(piece, tangents)
+        signals = sum(
+            column * z[:, :, r].reshape(*z.shape[:2], *[1] * (column.ndim - 1)) for r, column in enumerate(columns)
+        )
+        return graph.pull_backs(signals)
