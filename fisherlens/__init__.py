@@ -34,7 +34,14 @@ from fisherlens.likelihoods import (
 from fisherlens.partitions import Partition, partition
 from fisherlens.report import report
 from fisherlens.results import load, save
-from fisherlens.spectrum import Operator, compare_kinds, effective_dimension, log_determinant, spectrum
+from fisherlens.spectrum import (
+    Operator,
+    compare_kinds,
+    effective_dimension,
+    log_determinant,
+    spectral_density,
+    spectrum,
+)
 from fisherlens.training import Problem, compare_optimizers, problem, problems, train
 
 __all__ = [  # noqa: RUF022 - grouped by topic
@@ -50,6 +57,7 @@ __all__ = [  # noqa: RUF022 - grouped by topic
     "BoundLikelihood",
     # spectra
     "spectrum",
+    "spectral_density",
     "Operator",
     "effective_dimension",
     "log_determinant",
