@@ -20,6 +20,7 @@ from fisherlens.scores.plan import Plan, Sizes, make_plan
 from fisherlens.scores.recorder import Recorder, Unexplained, leaf_gradients, preserved_randomness
 from fisherlens.scores.source import Batch, Source
 from fisherlens.scores.streamed import StreamedMatrix
+from fisherlens.scores.tangents import settle_products
 
 # Examples on which a model is checked: enough that a wrong order of them shows (our choice).
 _SAMPLE = 8
@@ -80,9 +81,12 @@ def capture(
             )
             sizes = Sizes(source.n_data, collector.r, like.dtype, collector.graph_bytes)
             plan = make_plan(collector.layout.layers, collector.uses, sizes, budget)
+            matrix_type = None
+            if plan.streamed or plan.linearised:
+                plan, matrix_type = settle_products(collector, plan, sizes, sample, budget)
             collector.prepare(plan, budget)
             try:
-                return _first_pass(collector, source, seed, budget, progress)
+                return _first_pass(collector, source, matrix_type, seed, budget, progress)
             except (
                 Unexplained
             ) as found:  # a layer was not used as on the sample: once more, with one gradient per example
@@ -112,10 +116,17 @@ def first_examples(source: Source) -> Batch:
     return next(batch for k, batch in enumerate(source.batches()) if k == skip).part(0, _SAMPLE)
 
 
-def _first_pass(collector: Collector, source: Source, seed: int, budget: int, progress: bool | None) -> Capture:
+def _first_pass(
+    collector: Collector,
+    source: Source,
+    matrix_type: type[StreamedMatrix] | None,
+    seed: int,
+    budget: int,
+    progress: bool | None,
+) -> Capture:
     """Pass over the data: scores if they are kept, and in any case weights, gradient and outputs."""
     like, n, plan = collector.like, source.n_data, collector.plan
-    writers = None if plan.streamed or plan.linearised else collector.writers(n)
+    writers = collector.writers(n) if matrix_type is None else None
     gradient: Tensor | None = torch.zeros(collector.layout.n_params, dtype=torch.float64, device=like.device)
     coefficients, bounds, weights, kept = [], [], [], []
     with progress_bar(n, desc="Fisher scores", enabled=progress) as bar:
@@ -142,8 +153,8 @@ def _first_pass(collector: Collector, source: Source, seed: int, budget: int, pr
     in_row_space = gradient is not None and all(d is not None for d in coefficients)
     mask = torch.cat(kept).reshape(-1)
     mask = None if mask.all() else mask
-    if writers is None:
-        matrix: ScoreMatrix = StreamedMatrix(collector, source, seed, budget, mask)
+    if matrix_type is not None:
+        matrix: ScoreMatrix = matrix_type(collector, source, seed, budget, mask)
     else:
         matrix = ScoreMatrix([writer.scores() for writer in writers.values()], mask)
         require_finite_scores(matrix)
