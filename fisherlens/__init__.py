@@ -38,6 +38,8 @@ from fisherlens.spectrum import (
     Operator,
     compare_kinds,
     effective_dimension,
+    estimate_diagonal,
+    estimate_trace,
     log_determinant,
     spectral_density,
     spectrum,
@@ -61,6 +63,8 @@ __all__ = [  # noqa: RUF022 - grouped by topic
     "Operator",
     "effective_dimension",
     "log_determinant",
+    "estimate_trace",
+    "estimate_diagonal",
     "compare_kinds",
     # blocks and their independence
     "partition",

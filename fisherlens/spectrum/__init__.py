@@ -2,6 +2,7 @@
 
 from fisherlens.spectrum.complete import WHOLE, spectrum
 from fisherlens.spectrum.density import spectral_density
+from fisherlens.spectrum.estimates import estimate_diagonal, estimate_trace
 from fisherlens.spectrum.functions import effective_dimension, log_determinant
 from fisherlens.spectrum.kinds import compare_kinds
 from fisherlens.spectrum.operators import Operator, Symmetric, as_symmetric
@@ -17,6 +18,8 @@ __all__ = [
     "as_symmetric",
     "compare_kinds",
     "effective_dimension",
+    "estimate_diagonal",
+    "estimate_trace",
     "log_determinant",
     "quadrature_of",
     "side_for",
