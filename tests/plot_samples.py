@@ -54,6 +54,38 @@ def spectrum(layers=None, stages=None, count=577, above=412, seed=0) -> xr.Datas
     )
 
 
+def density(layers=None, stages=None, scale="log", points=200, size=1000, seed=7) -> xr.Dataset:
+    """Two bumps with an error of a tenth, and some of the eigenvalues zero."""
+    rng = np.random.default_rng(seed)
+    names = [(dim, list(labels)) for dim, labels in (("layer", layers), ("stage", stages)) if labels is not None]
+    shape = tuple(len(labels) for _, labels in names)
+    grid = np.geomspace(1e-6, 10, points) if scale == "log" else np.linspace(0, 10, points)
+    place = np.log10(grid) if scale == "log" else grid
+    low, high = (-4.0, 0.0) if scale == "log" else (1.0, 8.0)
+    shift = rng.uniform(-0.5, 0.5, (*shape, 1))
+    bumps = 0.6 * np.exp(-((place - low - shift) ** 2)) + 0.01 * np.exp(-((place - high) ** 2) / 0.02)
+    values = bumps / grid if scale == "log" else bumps
+    zero = 0.35 + 0 * shift[..., 0]
+    cumulative = zero[..., None] + (1 - zero[..., None]) * np.cumsum(bumps, -1) / bumps.sum(-1, keepdims=True)
+    dims = tuple(dim for dim, _ in names)
+    flat = (*dims, "grid")
+    return xr.Dataset(
+        {
+            "density": _var(flat, values, "density of eigenvalues", "1/nat"),
+            "density_sem": _var(flat, 0.1 * values, "standard error of the density", "1/nat"),
+            "cumulative": _var(flat, cumulative, "share of eigenvalues up to here"),
+            "cumulative_sem": _var(flat, 0.01 + 0 * cumulative, "standard error of the share"),
+            "zero_fraction": _var(dims, zero, "share of eigenvalues that are zero"),
+            "unresolved_fraction": _var(dims, 0.1 + 0 * zero, "share not told from zero"),
+            "noise_floor": _var(dims, 1e-5 + 0 * zero, "noise floor", "nat"),
+            "size": _var(dims, np.full(shape, size), "number of eigenvalues"),
+            "width": _var(dims, np.full(shape, 0.1), "kernel width"),
+        },
+        {"grid": ("grid", grid, {"long_name": "eigenvalue", "units": "nat"}), **dict(names)},
+        {"grid_scale": scale},
+    )
+
+
 def coupling(layers=CNN, per_layer=1, seed=1) -> xr.Dataset:
     """Couplings that fall with the distance between layers, some of them at the chance level."""
     rng = np.random.default_rng(seed)

@@ -1,6 +1,7 @@
 """Every plot: what it draws, the labels, an unchanged Dataset, the Axes it was given, and no torch anywhere."""
 
 import ast
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib as mpl
@@ -23,6 +24,7 @@ from fisherlens.plots import _common as common
 
 PLOTS = {
     "spectrum": samples.spectrum,
+    "density": samples.density,
     "coupling": samples.coupling,
     "independence": samples.independence,
     "information": samples.information,
@@ -31,6 +33,7 @@ PLOTS = {
 }
 VARIABLE = {
     "spectrum": "eigenvalue",
+    "density": "density",
     "coupling": "coupling",
     "independence": "natural_gradient_cosine",
     "information": "information",
@@ -386,6 +389,6 @@ def test_coupling_numbers_are_readable_on_their_cell():
 
 def test_axes_of_a_subfigure():
     left, right = plt.figure(figsize=(9, 4), layout="constrained").subfigures(1, 2)
-    for name, part in zip(PLOTS, (left, right) * 3, strict=True):
+    for name, part in zip(PLOTS, cycle((left, right)), strict=False):
         getattr(plots, name)(PLOTS[name](), part.subplots())
         part.clear()

@@ -5,6 +5,7 @@ come from the ``long_name`` and ``units`` of the variables.
 """
 
 from fisherlens.plots._coupling import coupling
+from fisherlens.plots._density import density
 from fisherlens.plots._independence import independence, independence_panels
 from fisherlens.plots._information import information
 from fisherlens.plots._kinds import kinds
@@ -14,6 +15,7 @@ from fisherlens.plots._spectrum import spectrum
 
 __all__ = [
     "coupling",
+    "density",
     "independence",
     "independence_panels",
     "information",

@@ -21,6 +21,8 @@ _NOTHING = (
 )
 _FLOOR = r"noise floor $n\,\varepsilon\,\lambda_\mathrm{max}$"
 _MOST_NAMED = 8  # curves with an entry in the legend; more get a colour bar of names
+_GROUPS, _TURNS = ("layer", "block"), ("stage", "step")  # dims that name curves, and dims along which training runs
+_BOUNDS = (("lower", "upper"), ("eigenvalue_low", "eigenvalue_high"))
 _AXES = {"rank": "rank (1 = largest)", "fraction": "rank / number of eigenvalues"}
 
 
@@ -31,19 +33,21 @@ def spectrum(
     x: str = "rank",
     show_noise: bool = True,
     show_floor: bool = True,
+    show_bounds: bool = True,
     legend: bool = True,
 ) -> Axes:
     """Draw eigenvalues over their rank, both logarithmic.
 
     Values below the noise floor n·ε·λ_max are drawn faint and hollow, the floor itself as a line (one per curve where the
     curves have different floors). Zero and negative values, which rounding leaves below the floor, have no place on the
-    axis; the legend counts all values.
+    axis; the legend counts all values. Bounds of each value are bars; pairs that have not converged are crosses.
 
     Parameters
     ----------
     dataset
-        What :func:`fisherlens.spectrum` or ``top_eigenvalues`` returns: ``eigenvalue (rank)``, with ``layer`` or ``stage``
-        as further dims at will (NaN where a layer has fewer values); ``above_noise`` and ``noise_floor`` if present.
+        What :func:`fisherlens.spectrum` or ``top_eigenvalues`` returns: ``eigenvalue (rank)``, with ``layer`` or ``block``, and
+        ``stage`` or ``step`` of training, as further dims at will (NaN where a layer has fewer values); ``above_noise``, ``noise_floor``,
+        ``converged``, and bounds ``lower`` and ``upper`` (or ``eigenvalue_low`` and ``eigenvalue_high``) if present.
     ax
         Axes to draw on; None for those of a new figure.
     x
@@ -52,6 +56,8 @@ def spectrum(
         Draw the values below the floor.
     show_floor
         Draw the floor.
+    show_bounds
+        Draw the bounds.
     legend
         Name the curves, with the number of values above the floor.
 
@@ -72,7 +78,7 @@ def spectrum(
     """
     common.choose("x", x, tuple(_AXES))
     array = common.read(
-        dataset, "eigenvalue", caller="spectrum", source="fl.spectrum", needs=("rank",), may=("layer", "stage")
+        dataset, "eigenvalue", caller="spectrum", source="fl.spectrum", needs=("rank",), may=(*_GROUPS, *_TURNS)
     )
     curves = list(_curves(dataset, array))
     if not any((values > 0).any() for _, values, _, _ in curves):
@@ -80,10 +86,20 @@ def spectrum(
     many = len(curves) > _MOST_NAMED
     ax = common.new_axes(ax, *((8.0, 5.2) if array.sizes.get("layer", 1) > _MOST_NAMED else (6.4, 4.4)))
     looks = _looks(array)
-    for (name, values, above, floor), (color, style) in zip(curves, looks, strict=True):
+    bounds = list(_extra(dataset, array, [name for pair in _BOUNDS for name in pair])) if show_bounds else []
+    converged = list(_extra(dataset, array, ["converged"]))
+    bars = False
+    for place, ((name, values, above, floor), (color, style)) in enumerate(zip(curves, looks, strict=True)):
         places = np.arange(1, len(values) + 1) / (len(values) if x == "fraction" else 1)
         dots = len(values) <= 40 and not many
         _draw(ax, places, values, above, show_noise, dots, color, style, _caption(name, above, floor))
+        for low, high in _BOUNDS if bounds else ():
+            if low in bounds[place] and high in bounds[place]:
+                bars |= _draw_bounds(ax, places, values, bounds[place][low], bounds[place][high], color)
+        if "converged" in converged[place]:
+            open_ = (converged[place]["converged"] == 0) & (values > 0)
+            if open_.any():
+                ax.plot(places[open_], values[open_], "x", color=color, markersize=7, label="_not converged")
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xlabel(_AXES[x])
@@ -92,11 +108,16 @@ def spectrum(
     floors = [
         (floor, color) for (*_, floor), (color, _) in zip(curves, looks, strict=True) if floor is not None and floor > 0
     ]
-    _limit(ax, curves, floors if show_floor or show_noise else [], show_noise)
+    far = _far_floor(curves, floors)
+    _limit(ax, curves, floors if (show_floor or show_noise) and far is None else [], show_noise)
+    _few_ranks(ax, x, max(len(values) for _, values, _, _ in curves))
+    if far is not None:
+        floors = []
     if show_floor and floors:
         _draw_floors(ax, floors)
     if legend:
-        _explain(ax, array, looks, floors if show_floor else [])
+        notes = _notes(ax, bars, far if show_floor else None)
+        _explain(ax, array, looks, floors if show_floor else [], notes)
     return ax
 
 
@@ -117,22 +138,77 @@ def _curves(dataset: xr.Dataset, array: xr.DataArray) -> Iterator[tuple[str, np.
         yield " · ".join(names), values[kept], above, level
 
 
+def _extra(dataset: xr.Dataset, array: xr.DataArray, names: list[str]) -> Iterator[dict[str, np.ndarray]]:
+    """Further variables over rank, for each curve in turn, with the same padding removed."""
+    others = [dim for dim in array.dims if dim != "rank"]
+    for place in product(*(range(array.sizes[dim]) for dim in others)):
+        chosen = dict(zip(others, place, strict=True))
+        kept = np.isfinite(array.isel(chosen).values.astype(float))
+        parts = {name: _part(dataset[name], chosen) for name in names if name in dataset}
+        yield {name: part.values.astype(float)[kept] for name, part in parts.items() if part.dims == ("rank",)}
+
+
+def _draw_bounds(ax: Axes, x: np.ndarray, y: np.ndarray, low: np.ndarray, high: np.ndarray, color: Any) -> bool:
+    """A bar from bound to bound; one at or below zero reaches down to the axis."""
+    good = (y > 0) & np.isfinite(low) & np.isfinite(high) & (high > 0)
+    if not good.any():
+        return False
+    bottom = np.where(low[good] > 0, low[good], y[y > 0].min() * 1e-30)
+    ax.vlines(x[good], bottom, high[good], color=color, linewidth=4.5, alpha=0.3, zorder=1)
+    return True
+
+
+def _far_floor(curves: list[Any], floors: list[tuple[float, Any]]) -> float | None:
+    """The highest floor, where no value is noise and it lies so far below all of them that drawing it would squeeze them."""
+    if not floors or any((~above).any() for _, _, above, _ in curves):
+        return None
+    highest = max(floor for floor, _ in floors)
+    lowest = min(values[values > 0].min(initial=np.inf) for _, values, _, _ in curves)
+    return highest if highest < lowest / 1e3 else None
+
+
+def _few_ranks(ax: Axes, x: str, count: int) -> None:
+    """Plain numbers for a short axis, which holds hardly a power of ten."""
+    if x == "rank" and 1 < count <= 50:
+        ticks = [tick for tick in (1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 50) if tick <= count]
+        ax.set_xticks(ticks, [str(tick) for tick in ticks])
+        ax.xaxis.minorticks_off()
+
+
+def _notes(ax: Axes, bars: bool, far: float | None) -> list[Any]:
+    """Legend entries of what all curves share."""
+    from matplotlib.lines import Line2D
+
+    notes = []
+    if far is not None:
+        notes.append(Line2D([], [], linestyle="none", label=f"{_FLOOR} = {far:.1g}, below the axis"))
+    if bars:
+        notes.append(Line2D([], [], color=common.FAINT, linewidth=4.5, alpha=0.5, label="bounds"))
+    if any(line.get_label() == "_not converged" for line in ax.get_lines()):
+        notes.append(Line2D([], [], color=common.FAINT, marker="x", linestyle="none", label="not converged"))
+    return notes
+
+
 def _part(array: xr.DataArray, chosen: dict[Any, int]) -> xr.DataArray:
     part = array.isel({dim: value for dim, value in chosen.items() if dim in array.dims})
     return part.squeeze([dim for dim in part.dims if dim != "rank"])
 
 
+def _dim(array: xr.DataArray, names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if name in array.dims), None)
+
+
 def _looks(array: xr.DataArray) -> list[tuple[Any, Any]]:
     """Colour and line style of each curve: layers by colour (the whole network in black); stages by colour, or by style."""
-    if "layer" in array.dims:
-        names = common.entries(array, "layer")
+    group, turn = _dim(array, _GROUPS), _dim(array, _TURNS)
+    turns = array.sizes[turn] if turn else 1
+    if group:
+        names = common.entries(array, group)
         shades = iter(common.colors(len(names) - names.count(common.WHOLE)))
         layers = [common.INK if name == common.WHOLE else next(shades) for name in names]
-        styles = common.STYLES[: array.sizes["stage"]] if "stage" in array.dims else common.STYLES[:1]
-        turns = range(array.sizes.get("stage", 1))
-        return [(shade, styles[turn % len(styles)]) for shade in layers for turn in turns]
-    stages = array.sizes.get("stage", 1)
-    return [(shade, "-") for shade in common.colors(stages, ordered=stages > 1)]
+        styles = common.STYLES[:turns] if turn else common.STYLES[:1]
+        return [(shade, styles[place % len(styles)]) for shade in layers for place in range(turns)]
+    return [(shade, "-") for shade in common.colors(turns, ordered=turns > 1)]
 
 
 def _caption(name: str, above: np.ndarray, floor: float | None) -> str:
@@ -196,16 +272,24 @@ def _draw_floors(ax: Axes, floors: list[tuple[float, Any]]) -> None:
     ax.plot([], [], color=common.FAINT, linewidth=1.6, label=f"{_FLOOR}, left edge")
 
 
-def _explain(ax: Axes, array: xr.DataArray, looks: list[tuple[Any, Any]], floors: list[tuple[float, Any]]) -> None:
+def _explain(
+    ax: Axes,
+    array: xr.DataArray,
+    looks: list[tuple[Any, Any]],
+    floors: list[tuple[float, Any]],
+    notes: list[Any],
+) -> None:
     """Name the curves: each of a few; layers by colour and stages by style; many layers by a colour bar."""
     from matplotlib.lines import Line2D
 
     handles = common.named(ax)
-    reference = handles[-1:] if floors else []
-    layers = common.entries(array, "layer") if "layer" in array.dims else []
-    stages = common.entries(array, "stage") if "stage" in array.dims else []
+    reference = [*notes, *(handles[-1:] if floors else [])]
+    handles = [*(handles[:-1] if floors else handles), *reference]
+    group, turn = _dim(array, _GROUPS), _dim(array, _TURNS)
+    layers = common.entries(array, group) if group else []
+    stages = common.entries(array, turn) if turn else []
     if len(layers) > _MOST_NAMED:
-        common.name_bar(ax, [color for color, _ in looks[:: max(1, len(stages))]], layers, "layer")
+        common.name_bar(ax, [color for color, _ in looks[:: max(1, len(stages))]], layers, str(group))
         handles = reference
     if layers and stages:
         names = common.shorten(layers) if len(layers) <= _MOST_NAMED else []
@@ -213,7 +297,7 @@ def _explain(ax: Axes, array: xr.DataArray, looks: list[tuple[Any, Any]], floors
         lines += [Line2D([], [], color=common.INK, linestyle=looks[n][1], label=name) for n, name in enumerate(stages)]
         handles = [*lines, *reference]
     elif len(looks) > _MOST_NAMED and not layers:
-        common.name_bar(ax, [color for color, _ in looks], stages, "stage")
+        common.name_bar(ax, [color for color, _ in looks], stages, str(turn))
         handles = reference
     columns = 2 if len(handles) > _MOST_NAMED else 1
     corner = _empty_corner(ax, floors, common.entry_texts(ax, handles), columns)

@@ -110,7 +110,8 @@ def curves_on(one: Estimate, grid: Grid, *, own: bool) -> Curves:
             0.0,
             grid.width,
         )
-    densities = density + grid.density(nodes, shares)
+    widths = None if one.rules is None else grid.node_widths(nodes, one.rules.residuals)
+    densities = density + grid.density(nodes, shares, widths)
     belows = below + grid.cumulative(nodes, shares) + zero[:, None] * (grid.points >= 0)
     outside += float((~grid.contains(nodes) * shares).sum(1).mean())
     unresolved = (

@@ -82,7 +82,8 @@ def spectral_density(
         None: nothing.
     width
         Standard deviation of the kernel, in λ on a linear grid and in decades on a logarithmic one. Default: 1/150 of a linear range,
-        1/60 of the decades (our choice). Recorded in the result. kpm has a width of its own.
+        1/60 of the decades (our choice). Recorded in the result. The kernel of a node that has not converged to one eigenvalue is widened
+        to half the distance of its neighbours, or its residual norm if that is less. kpm has a width of its own.
     num_points
         Points of a grid given by name.
     progress

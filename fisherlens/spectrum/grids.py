@@ -58,24 +58,46 @@ class Grid:
         low = self.points[0] * (1 - 1e-9) if self.scale == "log" else self.points[0] - slack
         return (values >= low) & (values <= self.points[-1] + slack)
 
-    def density(self, values: np.ndarray, shares: np.ndarray) -> np.ndarray:
-        """Density per unit λ of eigenvalues ``(..., m)`` with shares of the same shape → ``(..., G)``; values off the grid are left out."""
+    def density(self, values: np.ndarray, shares: np.ndarray, widths: np.ndarray | None = None) -> np.ndarray:
+        """Density per unit λ of eigenvalues ``(..., m)`` with shares of the same shape → ``(..., G)``; values off the grid are left out.
+
+        ``widths`` of the kernels, in the units of ``width``, where they are not all that one.
+        """
         inside = self.contains(values)
-        at = np.where(inside, values, self.points[0] if self.scale == "log" else self.points[-1])
-        below = self._below(at)
+        at = np.where(inside, values, self.points[-1])
+        below = self._below(at, np.full(values.shape, self.width) if widths is None else widths)
         total = below[..., -1:] - below[..., :1]
         kernel = np.diff(below, axis=-1) / np.where(total > 0, total, 1)
         return ((shares * inside)[..., None] * kernel).sum(-2) / self.cells
 
-    def _below(self, values: np.ndarray) -> np.ndarray:
+    def _below(self, values: np.ndarray, widths: np.ndarray) -> np.ndarray:
         """Mass of every kernel below every edge, ``(..., m, G + 1)``."""
-        edges = self.edges
+        edges, center, width = self.edges, values[..., None], widths[..., None]
         if self.scale == "log":
-            return _normal((np.log10(edges) - np.log10(values)[..., None]) / self.width)
+            return _normal((np.log10(edges) - np.log10(center)) / width)
         if not self.reflect:
-            return _normal((edges - values[..., None]) / self.width)
+            return _normal((edges - center) / width)
         edges = np.maximum(edges, 0)
-        return _normal((edges - values[..., None]) / self.width) - _normal((-edges - values[..., None]) / self.width)
+        return _normal((edges - center) / width) - _normal((-edges - center) / width)
+
+    def node_widths(self, nodes: np.ndarray, residuals: np.ndarray) -> np.ndarray:
+        """Kernel widths of quadrature nodes ``(probes, m)``, ascending but for their padding.
+
+        A converged node is an eigenvalue and gets the width of the grid. One that stands for several is spread over half the distance to
+        its neighbours, or its residual norm if that is less: narrower kernels would draw the nodes as peaks.
+        """
+        out = np.full(nodes.shape, self.width)
+        for row, (x, residual) in enumerate(zip(nodes, residuals, strict=True)):
+            used = np.flatnonzero(np.isfinite(residual) & ((x > 0) | (self.scale != "log")))
+            if len(used) < 2:
+                continue
+            place, error = x[used], residual[used]
+            if self.scale == "log":
+                place, error = np.log10(place), error / place / np.log(10)
+            gaps = np.diff(place)
+            spacing = (np.concatenate([gaps[:1], gaps]) + np.concatenate([gaps, gaps[-1:]])) / 4
+            out[row, used] = np.maximum(self.width, np.minimum(error, spacing))
+        return out
 
     def cumulative(self, values: np.ndarray, shares: np.ndarray) -> np.ndarray:
         """Share of eigenvalues at or below each point, not smoothed: ``(probes, m)`` → ``(probes, G)``."""
