@@ -117,13 +117,17 @@ class Collector:
     def _piece_size(self, budget: int) -> int:
         """Examples per piece such that the graph and the score buffers stay under 192 MiB and an eighth of the budget.
 
-        Also tells the plan what the largest piece adds to the scores that are kept.
+        Where no scores are kept, those of a piece are in its size too, and it may take half of the budget. Also tells the plan what the
+        largest piece adds to what is kept.
         """
-        per_example = max(1, self.graph_bytes + self._buffer_bytes())
-        share = budget // 2 if self.plan.streamed else budget // 8  # kept scores need the rest
+        n = self.plan.n_data
+        per_example, share = max(1, self.graph_bytes + self._buffer_bytes()), budget // 8
+        if not self.plan.kept:
+            per_example, share = per_example + self.plan.scores_nbytes // n, max(budget // 2, _LINEAR)
         step = max(1, min(4096, min(share, _TRANSIENT) // per_example))
         gradients = (8 + self.like.dtype.itemsize) * self.layout.n_params  # the mean gradient is summed in float64
-        self.plan.transient_nbytes = min(step, self.plan.n_data) * per_example + gradients
+        linear = 0 if self.plan.kept else 3 * min(self.linear_step(1), n) * self.graph_bytes
+        self.plan.transient_nbytes = max(min(step, n) * per_example, linear) + gradients
         return step
 
     def _buffer_bytes(self) -> int:

@@ -55,9 +55,10 @@ class Plan:
     on the same data) by FLOP count; wall-clock ratios are what the benchmarks measure.
     """
 
-    def __init__(self, layers: Sequence[LayerPlan], n_data: int, n_columns: int, budget: int):
+    def __init__(self, layers: Sequence[LayerPlan], n_data: int, n_columns: int, budget: int, scores_nbytes: int = 0):
         self.layers = tuple(layers)
         self.n_data, self.n_columns, self.budget = n_data, n_columns, budget
+        self.scores_nbytes = scores_nbytes  # what the scores of all data take, kept or not
         self.transient_nbytes = 0
 
     def __getitem__(self, layer: str) -> LayerPlan:
@@ -88,6 +89,11 @@ class Plan:
     def linearised(self) -> bool:
         """Whether the graph of the network is kept in place of scores."""
         return any(entry.path == "linearised" for entry in self.layers)
+
+    @property
+    def kept(self) -> bool:
+        """Whether scores are kept between answers."""
+        return not (self.streamed or self.linearised)
 
     @property
     def product_cost(self) -> float:
@@ -212,7 +218,7 @@ def make_plan(layers: Sequence[LayerInfo], uses: dict[str, list[Use]], sizes: Si
         entries.append(
             LayerPlan(layer.name, layer.type_name, path, candidate.storage, reason, positions, held, flops, gradient)
         )
-    return Plan(entries, n_data, n_columns, budget)
+    return Plan(entries, n_data, n_columns, budget, used)
 
 
 def _facts(
