@@ -24,6 +24,8 @@ def fill(model: nn.Module, generator: torch.Generator) -> nn.Module:
     """Set every parameter and buffer from a generator, so that nothing is zero, one, or otherwise special."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if not parameter.is_floating_point():
+                continue
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             if parameter.ndim > 1:
                 parameter.copy_(1.3 * noise / parameter[0].numel() ** 0.5)

@@ -314,3 +314,43 @@ class Pooled(Two):
 
     def forward(self, x):
         return self.b(torch.tanh(self.a(x)).mean(1))
+
+
+class Late(Two):
+    """The weight of a layer serves by itself too, for examples of a kind that the sample does not show."""
+
+    def __init__(self, border: float, use):
+        super().__init__()
+        self.border, self.use = border, use
+
+    def forward(self, x):
+        h = self.a(x[:, 1])
+        high = (x[:, 0, 0] > self.border).to(x.dtype)[:, None]
+        return self.b(torch.tanh(h + high * self.use(self.a, x[:, 2]) if high.any() else h))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+def test_weight_used_by_itself_after_the_sample(kind, dtype):
+    """Scores that do not add up to the gradient of the whole data are taken once more, one gradient per example."""
+    x, y = data(20)
+    x = x[x[:, 0, 0].argsort()]
+    model = fill(Late(x[15, 0, 0].item(), lambda a, z: z @ a.weight.T).double().eval(), generator(3))
+    truth = reference.fisher(model, (x, y), "categorical", kind)
+    batches = list(zip(x.to(dtype).split(5), y.split(5), strict=True))
+    F = fl.Fisher(model.to(dtype), batches, likelihood="categorical", kind=kind)
+    assert F.plan["a"].storage == "per example"
+    assert F.plan["b"].storage == "factors"
+    assert error(F.dense(), truth) < (1e-12 if dtype == torch.float64 else 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["exact", "mc", "empirical"])
+def test_sorting_model_on_a_sorted_sample(kind):
+    """Where the first examples come sorted, sorting them shows only in another order."""
+    x, y = data(20)
+    x = torch.cat([x[:8][x[:8, 0, 0].argsort()], x[8:]])
+    model = fill(Sorted().double().eval(), generator(3))
+    F = fl.Fisher(model, (x, y), likelihood="categorical", kind=kind)
+    assert F.plan["a"].storage == "per example"
+    if kind != "mc":
+        assert error(F.dense(), reference.fisher(model, (x, y), "categorical", kind)) < 1e-12

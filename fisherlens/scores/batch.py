@@ -31,6 +31,12 @@ class Batch:
         stop = min(stop, self.size)
         return Batch(inputs, targets, stop - start, f"{self.where}, examples {start}..{stop - 1}")
 
+    def take(self, index: Tensor) -> Batch:
+        """Some examples of this batch, in another order."""
+        targets = None if self.targets is None else self.targets[index.to(self.targets.device)]
+        inputs = map_tensors(self.inputs, lambda x: x[index.to(x.device)] if self.counts_examples(x) else x)
+        return Batch(inputs, targets, len(index), self.where)
+
     def counts_examples(self, x: Tensor) -> bool:
         """Whether the first axis of one of the inputs counts the examples."""
         return x.ndim > 0 and x.shape[0] == self.size

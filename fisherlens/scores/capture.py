@@ -158,6 +158,8 @@ def _first_pass(
     else:
         matrix = ScoreMatrix([writer.scores() for writer in writers.values()], mask)
         require_finite_scores(matrix)
+        if in_row_space:
+            _require_gradient(collector, matrix, torch.cat(coefficients).reshape(-1), gradient)
     return Capture(
         collector.layout,
         plan,
@@ -170,6 +172,28 @@ def _first_pass(
         bounds,
         torch.cat([leaf.detach().reshape(-1).to(like.dtype) for leaf in collector.recorder.leaves().values()]).clone(),
     )
+
+
+def _require_gradient(collector: Collector, matrix: ScoreMatrix, coefficients: Tensor, gradient: Tensor) -> None:
+    """Compare Uᵀd with the gradient that plain backpropagation gives for the whole data: the sample may not have shown all.
+
+    A layer for which they differ is used in some batch as it was not on the sample: its weight in a functional call as well,
+    examples in another order. The scale is that of Uᵀ(±d) with random signs, in which nothing cancels.
+    """
+    if not torch.isfinite(coefficients).all():
+        return  # an observed label that the model takes for impossible
+    signs = torch.randint(2, coefficients.shape, generator=torch.Generator().manual_seed(0)).to(coefficients) * 2 - 1
+    back = matrix.rmatmat(torch.stack([coefficients, coefficients * signs], dim=1).to(matrix.dtype)).double()
+    low = next(iter(collector.recorder.leaves().values())).dtype in LOW_PRECISION
+    tolerance = 0.1 if low else 1e-2 if matrix.dtype == torch.float32 else 1e-6
+    wrong = []
+    for layer in collector.layout.layers:
+        at = slice(layer.start, layer.stop)
+        gap = (back[at, 0] - gradient[at]).abs().max()
+        if gap > tolerance * torch.maximum(back[at].abs().max(), gradient[at].abs().max()):
+            wrong.append(layer.name)
+    if any(name in collector.recorder.modules for name in wrong):  # by a rule, not by one gradient per example
+        raise Unexplained(wrong)
 
 
 def _summed_gradient(outputs: Tensor, leaves: dict[str, Tensor], bound: BoundLikelihood) -> Tensor:

@@ -361,8 +361,17 @@ def unexplained(recorder: Recorder, batch: Batch) -> list[str]:
     Such a parameter is tied to another module or used in a functional call, or its module reads something else than one example
     per entry of the first axis (sequence first, a shared table, a subset, another order). The test is a random signal at the
     outputs of a few examples: the rows of the examples, summed with random weights, must be the gradient from automatic
-    differentiation of the outputs with these weights.
+    differentiation of the outputs with these weights. It is made in two orders, as a model that sorts its examples changes
+    nothing where they come sorted.
     """
+    found = _unexplained(recorder, batch)
+    if batch.size > 1:
+        order = torch.randperm(batch.size, generator=torch.Generator().manual_seed(1))
+        found += [name for name in _unexplained(recorder, batch.take(order)) if name not in found]
+    return found
+
+
+def _unexplained(recorder: Recorder, batch: Batch) -> list[str]:
     outputs, uses, leaves = recorder.forward(batch)
     if not outputs.requires_grad or not torch.isfinite(outputs).all():
         return []
