@@ -131,7 +131,9 @@ def _chebyshev_curves(
     rule, moments = one.quadrature, one.moments
     count = moments.values.shape[1]
     certain = max(rule.zeros, rule.n - rule.rank_bound)
-    total = moments.values * rule.sampled + delta_moments(moments.scaled(rule.known), count)
+    mean = moments.squared_norms.mean()
+    portion = moments.squared_norms / mean if mean > 0 else np.ones(len(moments.values))
+    total = moments.values * portion[:, None] * rule.sampled + delta_moments(moments.scaled(rule.known), count)
     total = (total - (certain - rule.zeros) * delta_moments(moments.scaled(np.zeros(1)), count)) / rule.n
     edges = moments.scaled(grid.edges)
     if not own:

@@ -114,7 +114,7 @@ def spectral_density(
     ``method``): with F, its score rows, or the Gram matrix formed once. On the row side zero eigenvalues beyond the rank are known, and
     functions with f(0) = 0 have the same trace. Moments up to degree 2 ``num_matvecs`` - 1 of each probe are exact; smoothing merges
     close peaks, and small eigenvalues far below λ_max share few nodes: take ``top_eigenvalues`` for the edge and :func:`spectrum`, exact,
-    where the Gram matrix fits. Standard errors are over probes and say nothing of the data's sampling. With everything known exactly they are
+    where the Gram matrix fits. Standard errors are over probes and say nothing of the data's sampling. They include
     bounds of rounding, n ε times the value. Source: Ubaru, Chen and Saad (2017); for kpm Weiße et al. (2006).
 
     Examples

@@ -113,7 +113,7 @@ def _quadrature(
     if nodes is None:
         nodes = weights = np.zeros((0, 0))
     lower_nodes, lower_weights = filled(lower)
-    rounding = side.order * torch.finfo(side.dtype).eps
+    rounding = (BREAKDOWN if len(nodes) else side.order) * torch.finfo(side.dtype).eps
     return Quadrature(
         nodes, weights, known, zeros, side.n, floor, side.rank_bound, rounding, side.psd, lower_nodes, lower_weights
     )

@@ -48,7 +48,7 @@ class Quadrature:
     rank_bound
         No more eigenvalues than this are non-zero.
     rounding
-        Relative error that rounding may leave in a value that is known exactly.
+        Relative error that rounding may leave in a value; part of every standard error, so that it is never 0.
     psd
         Whether no eigenvalue is negative.
     lower_nodes, lower_weights
@@ -95,7 +95,8 @@ class Quadrature:
                 "This result has no Gauss-Radau rule: it belongs to method='slq' of a semi-definite operator."
             )
         values = (weights * function(nodes)).sum(1)
-        return known + float(values.mean()), float(standard_error(values))
+        value = known + float(values.mean())
+        return value, float(np.hypot(standard_error(values), self.rounding * value))
 
     def shares(self) -> tuple[np.ndarray, np.ndarray]:
         """Every node's share of all eigenvalues, ``(probes, nodes)``, and the share at zero, ``(probes,)``, or ``(1,)`` without probes.
@@ -106,8 +107,11 @@ class Quadrature:
         base = (self.zeros + (~self.above(self.known)).sum()) / self.n
         if self.exact:
             return np.zeros((0, 0)), np.array([base])
-        totals = self.weights.sum(1, keepdims=True)
-        shares = np.where(totals > 0, self.weights / np.where(totals > 0, totals, 1), 0) * (self.sampled / self.n)
+        # a longer projected probe stands for more of the rest; on average they stand for all of it
+        total = self.weights.sum(1).mean()
+        if total == 0:  # nothing is left beside the known eigenvalues
+            return np.zeros_like(self.weights), np.full(len(self.weights), base + self.sampled / self.n)
+        shares = self.weights * (self.sampled / self.n / total)
         real = self.above(self.nodes)
         zero = base + (shares * ~real).sum(1)
         shares = shares * real
