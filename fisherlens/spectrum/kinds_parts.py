@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -119,7 +119,7 @@ def _second_moment(F: Fisher, index: Tensor) -> Tensor:
     return out / F.total_weight
 
 
-def _rows_in_pieces(F: Fisher, index: Tensor):
+def _rows_in_pieces(F: Fisher, index: Tensor) -> Iterator[Tensor]:
     for chunk in index.split(max(1, _AT_ONCE // (8 * F.n_params))):
         yield F.scores.rows_at(chunk).double()
 
