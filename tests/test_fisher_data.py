@@ -68,15 +68,6 @@ def test_unequal_batches_equal_one_batch(name, kind):
         assert (F.n_data, F.total_weight) == (n, one.total_weight)
 
 
-def test_trap_splits_of_twelve():
-    model, data = linear(12)
-    found = [
-        fl.Fisher(model, split(data, sizes), likelihood="categorical").dense() for sizes in ((12,), (9, 3), (5, 4, 3))
-    ]
-    assert error(found[1], found[0]) < 1e-12
-    assert error(found[2], found[0]) < 1e-12
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_loaders(workers):
     c = case("mlp_tanh")

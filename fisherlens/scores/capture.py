@@ -21,6 +21,7 @@ from fisherlens.scores.recorder import Recorder, Unexplained, leaf_gradients, pr
 from fisherlens.scores.source import Batch, Source
 from fisherlens.scores.streamed import StreamedMatrix
 from fisherlens.scores.tangents import settle_products
+from fisherlens.scores.witness import Witness, flat
 
 # Examples on which a model is checked: enough that a wrong order of them shows (our choice).
 _SAMPLE = 8
@@ -127,6 +128,7 @@ def _first_pass(
     """Pass over the data: scores if they are kept, and in any case weights, gradient and outputs."""
     like, n, plan = collector.like, source.n_data, collector.plan
     writers = collector.writers(n) if matrix_type is None else None
+    witness = Witness(collector) if matrix_type is None else None
     gradient: Tensor | None = torch.zeros(collector.layout.n_params, dtype=torch.float64, device=like.device)
     coefficients, bounds, weights, kept = [], [], [], []
     with progress_bar(n, desc="Fisher scores", enabled=progress) as bar:
@@ -137,9 +139,17 @@ def _first_pass(
                 collector.collect(piece, bound, outputs, uses, writers, piece.at)
             if piece.batch.targets is None:
                 gradient = None
+            d = None if gradient is None else collector.gradient_coefficients(bound)
+            # coefficients of a label that the model takes for impossible are infinite
+            known = d is not None and bool(torch.isfinite(d).all())
+            if witness is not None and not known:
+                witness.ask(piece, bound, outputs, leaves)
             if gradient is not None:
-                gradient += _summed_gradient(outputs, leaves, bound)
-                coefficients.append(collector.gradient_coefficients(bound))
+                of_loss = flat(leaf_gradients(outputs, leaves, bound.loss_gradient()))
+                gradient += of_loss
+                coefficients.append(d)
+                if witness is not None and known:
+                    witness.take(of_loss, d)
             bounds.append(bound)
             weights.append(bound.weight)
             kept.append(collector.kept_rows(bound))
@@ -158,8 +168,7 @@ def _first_pass(
     else:
         matrix = ScoreMatrix([writer.scores() for writer in writers.values()], mask)
         require_finite_scores(matrix)
-        if in_row_space:
-            _require_gradient(collector, matrix, torch.cat(coefficients).reshape(-1), gradient)
+        witness.require(matrix)
     return Capture(
         collector.layout,
         plan,
@@ -172,30 +181,3 @@ def _first_pass(
         bounds,
         torch.cat([leaf.detach().reshape(-1).to(like.dtype) for leaf in collector.recorder.leaves().values()]).clone(),
     )
-
-
-def _require_gradient(collector: Collector, matrix: ScoreMatrix, coefficients: Tensor, gradient: Tensor) -> None:
-    """Compare Uᵀd with the gradient that plain backpropagation gives for the whole data: the sample may not have shown all.
-
-    A layer for which they differ is used in some batch as it was not on the sample: its weight in a functional call as well,
-    examples in another order. The scale is that of Uᵀ(±d) with random signs, in which nothing cancels.
-    """
-    if not torch.isfinite(coefficients).all():
-        return  # an observed label that the model takes for impossible
-    signs = torch.randint(2, coefficients.shape, generator=torch.Generator().manual_seed(0)).to(coefficients) * 2 - 1
-    back = matrix.rmatmat(torch.stack([coefficients, coefficients * signs], dim=1).to(matrix.dtype)).double()
-    low = next(iter(collector.recorder.leaves().values())).dtype in LOW_PRECISION
-    tolerance = 0.1 if low else 1e-2 if matrix.dtype == torch.float32 else 1e-6
-    wrong = []
-    for layer in collector.layout.layers:
-        at = slice(layer.start, layer.stop)
-        gap = (back[at, 0] - gradient[at]).abs().max()
-        if gap > tolerance * torch.maximum(back[at].abs().max(), gradient[at].abs().max()):
-            wrong.append(layer.name)
-    if any(name in collector.recorder.modules for name in wrong):  # by a rule, not by one gradient per example
-        raise Unexplained(wrong)
-
-
-def _summed_gradient(outputs: Tensor, leaves: dict[str, Tensor], bound: BoundLikelihood) -> Tensor:
-    grads = leaf_gradients(outputs, leaves, bound.loss_gradient())
-    return torch.cat([g.reshape(-1) for g in grads.values()]).double()
