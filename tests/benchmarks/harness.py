@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -40,6 +41,58 @@ def interleaved(
         ratios = [value / one for value, one in zip(values, seconds[unit], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
         found[name] = {"seconds": statistics.median(values), "ratio": middle, "ratio_low": low, "ratio_high": high}
+    return found
+
+
+def once(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one run."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+# A unit timed longer ago than this is timed again before the next contestant (our choice).
+_STALE = 1.0
+
+
+def paced(
+    contestants: Mapping[str, Callable[[], Any]],
+    *,
+    unit: Callable[[], Any],
+    rounds: Mapping[str, int],
+    device: torch.device,
+) -> dict[str, dict[str, float]]:
+    """As :func:`interleaved`, with its own number of rounds for each contestant, spread evenly over the rounds.
+
+    Every ratio is to a ``unit`` timed at most a second before. Contestants are expected to be warm. The unit itself is
+    found under ``"unit"``.
+    """
+    total = max(rounds.values(), default=0)
+    units: list[float] = []
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    ratios: dict[str, list[float]] = {name: [] for name in contestants}
+    timed = float("-inf")
+    for k in range(total):
+        for name, run in contestants.items():
+            if (k + 1) * rounds[name] // total == k * rounds[name] // total:
+                continue
+            if time.perf_counter() - timed > _STALE or name == next(iter(contestants)):
+                units.append(once(unit, device))
+                timed = time.perf_counter()
+            seconds[name].append(once(run, device))
+            ratios[name].append(seconds[name][-1] / units[-1])
+    found = {"unit": {"seconds": statistics.median(units) if units else math.nan, "rounds": len(units)}}
+    for name, values in ratios.items():
+        low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+        found[name] = {
+            "seconds": statistics.median(seconds[name]),
+            "ratio": middle,
+            "ratio_low": low,
+            "ratio_high": high,
+            "rounds": len(values),
+        }
     return found
 
 
