@@ -31,7 +31,8 @@ def check_model(model: nn.Module, layout: Layout) -> None:
                     "on a real device, or run one forward pass, before the analysis."
                 )
     for name, parameter in parameters.items():
-        if parameter.dtype.is_floating_point and not torch.isfinite(parameter).all():
+        values = parameter if parameter.dtype in _DTYPES or parameter.is_complex() else parameter.float()
+        if not torch.isfinite(values).all():
             raise NonFiniteError(
                 f"Parameter {name!r} holds NaN or infinity. Training probably diverged; load an earlier state or lower the learning rate."
             )
