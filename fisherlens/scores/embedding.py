@@ -78,7 +78,8 @@ class EmbeddingScores(LayerScores):
             same = (self.index[i : i + m].reshape(m, t, 1, 1) == self.index).to(self.dtype)
             outer = (self.g[i : i + m].reshape(m * r * t, self.d) @ everything.T).view(m, r, t, n, r, t)
             out[i : i + m] = torch.einsum("mrtnsp,mtnp->mrns", outer, same)
-        return out.view(self.rows, self.rows)
+        gram = out.view(self.rows, self.rows)
+        return (gram + gram.T) / 2  # tiles round differently on the two sides
 
     def columns(self, index: Tensor) -> Tensor:
         read = (self.index[..., None] == index // self.d).to(self.dtype)  # (n, t, m)

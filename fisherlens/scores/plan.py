@@ -140,11 +140,25 @@ _WHY_ROWS = {
 }
 
 
+# The choice between factors and rows is for a few vectors at a time, as estimators hand them over, on a machine that does this
+# many FLOPs while it reads a byte: rows have fewer FLOPs, but are read twice in every product (measured on two CPU cores).
+_VECTORS = 4
+_BALANCE = 15.0
+# Time of a FLOP in convolution primitives over that in matrix products (measured on the same cores).
+_CONVOLUTION = 3.0
+
+
 @dataclass
 class _Candidate:
     storage: str
     nbytes: int
     flops: float
+
+    @property
+    def work(self) -> float:
+        """Cost of a product per vector, in FLOPs, with the reading of what is kept."""
+        slower = _CONVOLUTION if self.storage == "convolution" else 1.0
+        return slower * self.flops + 2 * self.nbytes * _BALANCE / _VECTORS
 
 
 @dataclass(frozen=True)
@@ -164,34 +178,33 @@ _GRAPHS = 3
 def make_plan(layers: Sequence[LayerInfo], uses: dict[str, list[Use]], sizes: Sizes, budget: int) -> Plan:
     """Choose the cheapest exact representation of each layer within the budget.
 
-    Rule (methods: routes by cost): factors by default; explicit rows where there are more positions than score columns,
-    as one product then costs R/T of the factor route; layers with the largest saving per byte first, while memory lasts.
+    Rule (methods: routes by cost): factors by default; explicit rows where there are so many more positions T than score columns R
+    that R/T of the FLOPs outweighs reading the rows; layers with the largest saving per byte first, while memory lasts.
     Where the scores do not fit: the graph of the network, linearised, if that fits; else everything is streamed.
     """
     n_data, n_columns, dtype = sizes.n_data, sizes.n_columns, sizes.dtype
     chosen: dict[str, tuple[_Candidate, str]] = {}
     upgrades: list[tuple[float, str, _Candidate]] = []
+    few, many = f"few for {n_columns} score columns", f"many for {n_columns} score columns"
     facts = {layer.name: _facts(layer, uses.get(layer.name), n_data, n_columns, dtype) for layer in layers}
     for layer in layers:
         candidates, positions, _ = facts[layer.name]
         factors, rows = candidates.get("factors"), candidates["rows"]
         if factors is None:
             chosen[layer.name] = (rows, _WHY_ROWS[rows.storage])
-        elif rows.nbytes <= factors.nbytes and rows.flops <= factors.flops:
-            chosen[layer.name] = (rows, f"{positions} positions > {n_columns} score columns, and smaller")
+        elif rows.nbytes <= factors.nbytes and rows.work <= factors.work:
+            why = "smaller" if positions == 1 else f"{positions} positions, {many}, and smaller"
+            chosen[layer.name] = (rows, why)
         else:
-            chosen[layer.name] = (
-                factors,
-                "one position" if positions == 1 else f"{positions} positions <= {n_columns} score columns",
-            )
-            if rows.flops < factors.flops:
-                saving = (factors.flops - rows.flops) / max(rows.nbytes - factors.nbytes, 1)
+            chosen[layer.name] = (factors, "one position" if positions == 1 else f"{positions} positions, {few}")
+            if rows.work < factors.work:
+                saving = (factors.work - rows.work) / max(rows.nbytes - factors.nbytes, 1)
                 upgrades.append((saving, layer.name, rows))
     used = sum(candidate.nbytes for candidate, _ in chosen.values())
     for _, name, rows in sorted(upgrades, key=lambda u: -u[0]):
         extra = rows.nbytes - chosen[name][0].nbytes
         if used + extra <= budget:
-            chosen[name] = (rows, f"{facts[name][1]} positions > {n_columns} score columns")
+            chosen[name] = (rows, f"{facts[name][1]} positions, {many}")
             used += extra
         else:
             chosen[name] = (chosen[name][0], f"explicit rows ({readable_bytes(rows.nbytes)}) would not fit")
