@@ -34,7 +34,7 @@ class Capture:
 
     ``gradient`` is the mean gradient of the negative log-likelihood and ``gradient_coefficients`` (rows,) its row-space form
     W g = Uᵀ d; both are None where targets are missing, the second also for sampled labels.
-    ``bound`` is the likelihood at the outputs of each batch, from which labels can be drawn again.
+    ``bound`` is the likelihood at the outputs of each batch, from which labels can be drawn again; empty where scores are not kept.
     """
 
     layout: Layout
@@ -150,7 +150,8 @@ def _first_pass(
                 coefficients.append(d)
                 if witness is not None and known:
                     witness.take(of_loss, d)
-            bounds.append(bound)
+            if writers is not None:  # outputs may be as large as the data, so without scores they are not kept either
+                bounds.append(bound)
             weights.append(bound.weight)
             kept.append(collector.kept_rows(bound))
             bar.update(piece.batch.size)
