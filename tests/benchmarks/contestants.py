@@ -95,7 +95,17 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
-def torch_func(task: Task) -> Product:
+def as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Not compiled."""
+    return function
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled for each shape, without a break in the graph."""
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def torch_func(task: Task, prepare: Callable[..., Any] = as_it_is) -> Product:
     """Forward mode, softmax Hessian in closed form, reverse mode; ``vmap`` over the columns of a block."""
     parameters = {name: p.detach() for name, p in task.parameters.items()}
 
@@ -108,8 +118,8 @@ def torch_func(task: Task) -> Product:
         signal = p * (change - (p * change).sum(1, keepdim=True)) / len(task.y)
         return flat(list(vjp(outputs, parameters)[1](signal)[0].values()))
 
-    block = vmap(one, in_dims=1, out_dims=1)
-    return Product(quiet(lambda v: one(v) if v.ndim == 1 else block(v)))
+    single, block = prepare(one), prepare(vmap(one, in_dims=1, out_dims=1))
+    return Product(quiet(lambda v: single(v) if v.ndim == 1 else block(v)))
 
 
 def hessian_product(task: Task, v: Tensor) -> Tensor:
@@ -131,8 +141,8 @@ def truth(task: Task, block: Tensor, matrix: str) -> Tensor:
     return torch.stack([hessian_product(double, v) for v in block.T], dim=1)
 
 
-def curvlinops(task: Task) -> Product:
-    """curvlinops' GGN of the mean cross-entropy, all data in one batch."""
+def curvlinops(task: Task, prepare: Callable[..., Any] = as_it_is) -> Product:
+    """curvlinops' GGN of the mean cross-entropy, all data in one batch; compiled is its product with a batch."""
     try:
         from curvlinops import GGNLinearOperator
     except ImportError:
@@ -141,17 +151,9 @@ def curvlinops(task: Task) -> Product:
     operator = GGNLinearOperator(
         task.model, nn.CrossEntropyLoss(), parameters, [(task.x, task.y)], check_deterministic=False
     )
+    if prepare is not as_it_is:
+        operator._mp = prepare(operator._mp)
     return Product(quiet(lambda v: operator @ v))
-
-
-def compiled(build: Callable[[Task], Product]) -> Callable[[Task], Product]:
-    """The same contestant through ``torch.compile``."""
-
-    def build_compiled(task: Task) -> Product:
-        product = build(task)
-        return Product(quiet(torch.compile(product.apply)), product.blocks, product.matrix)
-
-    return build_compiled
 
 
 class _WholeBatch(Dataset):
@@ -269,14 +271,16 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__} in {Path(frame.filename).stem}.{frame.name}"
 
 
-def attempt(build: Callable[[Task], Product], task: Task) -> Product:
-    """A contestant that has multiplied two examples; :class:`Unavailable` with the reason where it cannot."""
+def attempt(build: Callable[[Task], Product], task: Task, *, first_small: bool = True) -> Product:
+    """A contestant that has multiplied once, on two examples unless it is compiled; :class:`Unavailable` with the reason where it cannot."""
+    v = torch.ones(task.size, device=task.device)
     try:
-        small = build(
-            replace(task.part(2).copy(), memory="2GiB", repeats=1)
-        )  # what it leaves on its model must not reach the next
-        small.apply(torch.ones(task.size, device=task.device))
-        return build(task)
+        if first_small:  # on a copy: what it leaves on its model must not reach the next
+            build(replace(task.part(2).copy(), memory="2GiB", repeats=1)).apply(v)
+            return build(task)
+        product = build(task)
+        product.apply(v)
+        return product
     except Unavailable:
         raise
     except Exception as error:  # whatever a peer's code raises on a network that it does not cover
@@ -289,7 +293,10 @@ PEERS: dict[str, Callable[[Task], Product]] = {
     PYHESSIAN: pyhessian,
     TORCH: torch_func,
 }
-COMPILED = {f"{name}, compiled": compiled(PEERS[name]) for name in (CURVLINOPS, TORCH)}
+COMPILED: dict[str, Callable[[Task], Product]] = {
+    f"{CURVLINOPS}, compiled": lambda task: curvlinops(task, compiled),
+    f"{TORCH}, compiled": lambda task: torch_func(task, compiled),
+}
 OURS_TOO: dict[str, Callable[[Task], Product]] = {
     OURS: ours,
     LINEARISED: ours,

@@ -39,11 +39,12 @@ def _plain(value: float, _: Any = None) -> str:
 
 
 def _log_axis(ax: Any, values: list[float]) -> None:
-    """Log x axis around the values, with ticks at 1, 2 and 5 of each decade, fewer where the range is wide."""
+    """Log x axis around the values, with fewer ticks in each decade where the range is wide."""
     ax.set_xscale("log")
     low, high = min(values) / 1.5, max(values) * 1.5
     ax.set_xlim(low, high)
-    steps = (1, 2, 5) if math.log10(high / low) < 1.6 else (1,)
+    decades = math.log10(high / low)
+    steps = (1, 2, 5) if decades < 1.3 else (1, 3) if decades < 2.2 else (1,)
     ax.set_xticks([s * 10.0**d for d in range(-4, 7) for s in steps if low <= s * 10.0**d <= high])
     ax.xaxis.set_major_formatter(_plain)
     ax.xaxis.set_minor_locator(mpl.ticker.NullLocator())

@@ -22,6 +22,12 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def full_float32() -> None:
+    """No tensor-core rounding of float32 on a GPU, for anybody: products are compared to 1e-4."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def interleaved(
     contestants: Mapping[str, Callable[[], Any]], *, unit: str, rounds: int, device: torch.device
 ) -> dict[str, dict[str, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import os
 import re
 import resource
 import subprocess
@@ -14,9 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contestants import ALL, Product, Task
+from contestants import ALL, COMPILED, Product, Task
 from networks import NETWORKS
 
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**16),
+    "MALLOC_TRIM_THRESHOLD_": str(2**16),
+}
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -78,9 +84,9 @@ def here(
     v = vectors(task.size, columns, where)
     task.gradient()
     # what is loaded and prepared on first use belongs to no contestant
-    two = replace(task.part(2).copy(), memory="2GiB", repeats=1)
-    ALL[contestant](two).apply(v)
-    del two
+    few = task.copy() if contestant in COMPILED else task.part(2).copy()  # compiled code holds for one shape
+    ALL[contestant](replace(few, memory="2GiB", repeats=1)).apply(v)
+    del few
     peak = Peak(where)
     product: Product = ALL[contestant](task)
     built = peak.bytes()
@@ -90,10 +96,15 @@ def here(
 
 
 def elsewhere(timeout: float = 600.0, **spec: Any) -> dict[str, Any]:
-    """The same in a fresh process; ``{"note": why}`` where it failed."""
+    """The same in a fresh process on one thread; ``{"note": why}`` where it failed.
+
+    Its allocator returns at once what is freed (glibc), so that the peak is of what is alive and not of holes between.
+    """
+    environment = {**os.environ, **_ENVIRONMENT}
+    command = [sys.executable, __file__, json.dumps(spec)]
     try:
         done = subprocess.run(  # noqa: S603
-            [sys.executable, __file__, json.dumps(spec)], capture_output=True, text=True, timeout=timeout, check=False
+            command, capture_output=True, text=True, timeout=timeout, check=False, env=environment
         )
     except subprocess.TimeoutExpired:
         return {"note": f"no answer within {timeout:.0f} s"}

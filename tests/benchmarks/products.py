@@ -9,7 +9,6 @@ interleaved rounds, per vector for blocks. Peak memory is taken in a fresh proce
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 from contestants import ALL, COMPILED, PEERS, Product, Task, Unavailable, attempt, budgets, truth
-from harness import machine, once, paced, write_json
+from harness import full_float32, machine, once, paced, write_json
 from names import HESSIAN, LINEARISED, OURS, STREAMED
 from networks import MORE, NETWORKS, REFERENCES
 from peaks import elsewhere, vectors
@@ -61,39 +60,32 @@ def columns_of(name: str, product: Product, blocks: tuple[int, ...]) -> tuple[in
     """The numbers of vectors with which a contestant is measured."""
     if not product.blocks:
         return (1,)
-    return tuple(k for k in (1, *blocks) if k in KEY or name not in (LINEARISED, STREAMED, HESSIAN))
+    return tuple(k for k in (1, *blocks) if k in KEY or name not in {LINEARISED, STREAMED, HESSIAN, *COMPILED})
 
 
 def all_peaks(network: str, tasks: dict[str, Task], ready: dict[str, Product], options: Any) -> dict[str, dict]:
-    """Peak memory of every contestant, single and in a block of 16, two at a time and on one thread each."""
-    single_only = {LINEARISED, HESSIAN, *(name for name, product in ready.items() if not product.blocks)}
+    """Peak memory of every contestant, single and in a block of 16, two at a time."""
+    single_only = {LINEARISED, HESSIAN, *COMPILED, *(name for name, product in ready.items() if not product.blocks)}
     jobs = [(name, k) for k in KEY for name in ready if k == 1 or name not in single_only]
     if options.smoke:
         jobs = [(OURS, 1)]
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        with ThreadPoolExecutor(1 if options.device.startswith("cuda") else min(2, torch.get_num_threads())) as pool:
-            futures = {
-                (name, k): pool.submit(
-                    elsewhere,
-                    network=network,
-                    contestant=name,
-                    columns=k,
-                    device=options.device,
-                    memory=tasks[name].memory,
-                    repeats=tasks[name].repeats,
-                    n=options.n,
-                )
-                for name, k in jobs
-            }
-            found: dict[str, dict] = {name: {} for name in tasks}
-            for (name, k), future in futures.items():
-                found[name][str(k)] = future.result()
-    finally:
-        os.environ.pop("OMP_NUM_THREADS")
-        if before is not None:
-            os.environ["OMP_NUM_THREADS"] = before
+    with ThreadPoolExecutor(1 if options.device.startswith("cuda") else min(2, torch.get_num_threads())) as pool:
+        futures = {
+            (name, k): pool.submit(
+                elsewhere,
+                network=network,
+                contestant=name,
+                columns=k,
+                device=options.device,
+                memory=tasks[name].memory,
+                repeats=tasks[name].repeats,
+                n=options.n,
+            )
+            for name, k in jobs
+        }
+        found: dict[str, dict] = {name: {} for name in tasks}
+        for (name, k), future in futures.items():
+            found[name][str(k)] = future.result()
     return found
 
 
@@ -160,7 +152,7 @@ def errors(task: Task, ready: dict[str, Product]) -> dict[str, float]:
             exact[product.matrix] = truth(task, block[:, [0, 2]], product.matrix)
         first, last = exact[product.matrix].T
         pairs = [(product.apply(block[:, 0].contiguous()), first)]
-        if product.blocks:
+        if product.blocks and name not in COMPILED:  # which would compile for three vectors
             answer = product.apply(block)
             pairs += [(answer[:, 0], first), (answer[:, 2], last)]
         found[name] = max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
@@ -170,6 +162,7 @@ def errors(task: Task, ready: dict[str, Product]) -> dict[str, float]:
 def measure(network: str, options: Any) -> dict[str, Any]:
     """All figures of one network."""
     device = torch.device(options.device)
+    torch.compiler.reset()  # nothing compiled for the network before
     model, (x, y) = NETWORKS[network].make(options.n)
     task = Task(model.to(device), x.to(device), y.to(device), options.memory)
     task.gradient()
@@ -179,7 +172,7 @@ def measure(network: str, options: Any) -> dict[str, Any]:
     tasks = entrants(task, limits, NETWORKS[network].streamed)
     for name, own in tasks.items():
         try:
-            ready[name] = attempt(ALL[name], own)
+            ready[name] = attempt(ALL[name], own, first_small=name not in COMPILED)
         except Unavailable as reason:
             notes[name] = str(reason)
     peaks = all_peaks(network, tasks, ready, options) if options.peaks else {}
@@ -241,6 +234,7 @@ def parse() -> Any:
 def main() -> None:
     """Measure, print, and write what was asked for."""
     options = parse()
+    full_float32()
     where = machine(torch.device(options.device))
     print(where)
     settings = {key: getattr(options, key) for key in ("budget", "rounds", "memory", "blocks", "device")}

@@ -161,7 +161,7 @@ def markdown(payload: dict[str, Any]) -> str:
         summary(payload),
         "Error: largest relative difference from the plain `torch.func` recipe in float64; the measured products are in float32. Units that sit "
         "closer to a kink (of a ReLU or a maximum) than float32 resolves fall on another side of it in float64, for all contestants alike. "
-        "Peaks are in MiB beyond network, data and one gradient, in a fresh process; ours include the capture. × 16 is a block of 16 vectors.",
+        "Peaks are in MiB beyond network, data and one gradient, in a fresh process on one thread; ours include the capture. × 16 is a block of 16 vectors.",
         *[details(name, found, blocks) for name, found in payload["networks"].items()],
     ]
     return "\n\n".join(parts)

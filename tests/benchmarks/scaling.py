@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from contestants import Task, budgets
 from fit import fit
-from harness import machine, once, write_json
+from harness import full_float32, machine, once, write_json
 from peaks import vectors
 from scaling_text import markdown
 from torch import nn
@@ -184,6 +184,7 @@ def main() -> None:
     device = torch.device(options.device)
     families = [SMOKE] if options.smoke else [FAMILIES[name] for name in options.networks]
     budget = 0.0 if options.smoke else options.budget / (8 * len(families))
+    full_float32()
     where = machine(device)
     print(where)
     settings = {key: getattr(options, key) for key in ("budget", "rounds", "memory", "device")}
