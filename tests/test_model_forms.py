@@ -219,9 +219,12 @@ def truth() -> Tensor:
         (lambda f: f.argmax(1), r"outputs have dtype torch\.int64; .*not labels \(argmax\)"),
         (lambda f: torch.fft.fft(f), r"outputs have dtype torch\.complex128.*view_as_real"),
         (lambda f: f > 0, r"outputs have dtype torch\.bool"),
-        (lambda f: f[:, :0], r"outputs for 8 examples have shape \(8, 0\): nothing of which"),
+        (lambda f: f.sum(), "returned one number for 8 examples.*not the loss"),
+        (lambda f: f.to_sparse(), r"outputs are sparse or nested.*to_dense\(\)"),
+        (lambda f: f[:3], r"outputs for 8 examples have shape \(3, 3\); expected \(8, …\)"),
+        (lambda f: f[:, :0], r"outputs for 8 examples have shape \(8, 0\); expected \(8, …\), with at least one"),
     ],
-    ids=["labels", "complex", "bool", "none"],
+    ids=["labels", "complex", "bool", "loss", "sparse", "few", "none"],
 )
 def test_outputs_without_a_likelihood(forward, expected, unchanged):
     class Last(nn.Module):

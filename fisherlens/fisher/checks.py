@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any, TypeVar
 
@@ -20,12 +21,26 @@ def check_arguments(
     """Refuse arguments out of their range, also those that the kind at hand does not use; returns mc_samples and seed."""
     if not isinstance(mc_samples, numbers.Integral) or isinstance(mc_samples, bool) or mc_samples < 1:
         raise InputError(f"mc_samples must be an integer >= 1, the label draws per example; got {mc_samples!r}.")
-    if not isinstance(seed, numbers.Integral) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-        raise InputError(f"seed must be an integer >= 0; got {seed!r}. Generators take seeds below 2**63.")
     if not isinstance(check_deterministic, bool):
         raise TypeError(f"check_deterministic must be True or False; got {check_deterministic!r}.")
     check_options(kind, mc_sampling, rows)
-    return int(mc_samples), int(seed)
+    return int(mc_samples), check_seed(seed)
+
+
+def check_seed(seed: Any) -> int:
+    """Refuse what no generator takes as a seed."""
+    if not isinstance(seed, numbers.Integral) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise InputError(f"seed must be an integer >= 0; got {seed!r}. Generators take seeds below 2**63.")
+    return int(seed)
+
+
+def check_cap(max_params: Any) -> float:
+    """Refuse a cap that is no number."""
+    if not isinstance(max_params, numbers.Real) or isinstance(max_params, bool) or math.isnan(max_params):
+        raise TypeError(
+            f"max_params must be a number, the most parameters of which a matrix is formed; got {max_params!r}."
+        )
+    return max_params
 
 
 def finite(answer: Answer, what: str, dtype: torch.dtype) -> Answer:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fisherlens import errors
 from fisherlens.errors import ConvergenceWarning, InputError, MemoryBudgetError, NonFiniteError, readable_bytes
-from fisherlens.fisher.checks import check_arguments, finite
+from fisherlens.fisher.checks import check_arguments, check_cap, finite
 from fisherlens.fisher.damped import Vector, check_damping
 from fisherlens.fisher.operator import Fisher
 from fisherlens.fisher.solve import Preconditioner
@@ -151,14 +151,14 @@ class Hessian(Fisher):
 
     def matrix(self, max_params: int = DENSE_LIMIT, what: str = "dense()") -> Tensor:
         """H itself in float64, ``(P, P)``, P products; kept where it fits a quarter of the memory budget."""
-        if self._kept is not None:
-            return self._kept
-        if self.n_params > max_params:
+        if self.n_params > check_cap(max_params) and self._kept is None:
             size = readable_bytes(self.n_params**2 * 8)
             raise MemoryBudgetError(
                 f"{what} of kind='hessian' takes {self.n_params} products with H, one per parameter, and {size}; the cap is {max_params} parameters. "
                 "Use H @ v, H.block(names) or H.restrict(layers), or raise max_params."
             )
+        if self._kept is not None:
+            return self._kept
         matrix = self._columns(self.layout.names)
         if matrix.nbytes <= self.memory // 4:
             self._kept = matrix
@@ -189,7 +189,7 @@ class Hessian(Fisher):
         index = self.layout.index_of(names).to(self.device)
         if self._kept is not None:
             return self._cast(self._kept[index][:, index], f"The block {names!r} of H")
-        if len(index) > max_params:
+        if len(index) > check_cap(max_params):
             size = readable_bytes(len(index) ** 2 * 8)
             raise MemoryBudgetError(
                 f"The block {names!r} takes {len(index)} products with H, one per parameter, and {size}; the cap is {max_params}. Raise max_params."

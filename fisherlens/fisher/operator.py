@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fisherlens import errors
 from fisherlens.errors import InputError, MemoryBudgetError, NonFiniteError, readable_bytes
-from fisherlens.fisher.checks import check_arguments, finite
+from fisherlens.fisher.checks import check_arguments, check_cap, check_seed, finite
 from fisherlens.fisher.damped import DampedFisher, Vector, check_damping, to_scipy
 from fisherlens.fisher.solve import Preconditioner, Solver
 from fisherlens.layout import Layout
@@ -304,7 +304,7 @@ class Fisher:
 
     def dense(self, max_params: int = 5000) -> Tensor:
         """The matrix itself, ``(P, P)``; refused above ``max_params`` with the size it would have."""
-        if self.n_params > max_params:
+        if self.n_params > check_cap(max_params):
             size = readable_bytes(self.n_params**2 * self.dtype.itemsize)
             raise MemoryBudgetError(
                 f"F.dense() of {self.n_params} parameters would take {size}; the cap is {max_params} parameters. Use F @ v, F.block(names) or "
@@ -315,7 +315,7 @@ class Fisher:
     def block(self, names: str | Sequence[str], max_params: int = 5000) -> Tensor:
         """The diagonal block of some layers or parameters (names or patterns), in layout order."""
         index = self.layout.index_of(names).to(self.device)
-        if len(index) > max_params:
+        if len(index) > check_cap(max_params):
             size = readable_bytes(len(index) ** 2 * self.dtype.itemsize)
             raise MemoryBudgetError(
                 f"The block {names!r} of {len(index)} parameters would take {size}; the cap is {max_params}. Raise max_params."
@@ -395,8 +395,8 @@ class Fisher:
         For the exact kind this is a combination of the captured columns, not another pass over the data.
         """
         c = torch.zeros(self.n_data, self.n_columns, dtype=self.dtype, device=self.device)
-        if self.kind == "exact":
-            generator = torch.Generator().manual_seed(seed)
+        if self.kind == "exact" and self._bound:  # without, the scores are not kept, and contract says so
+            generator = torch.Generator().manual_seed(check_seed(seed))
             drawn = [
                 bound.sampled_coefficients(
                     torch.rand(len(bound.weight), bound.num_uniforms, generator=generator, dtype=torch.float64)

@@ -223,3 +223,16 @@ def require_finite_targets(likelihood: Likelihood, targets: Tensor, where: str) 
         raise NonFiniteError(
             f"{type(likelihood).__name__} targets hold NaN or infinity in {where}. Clean the targets or drop those examples."
         )
+
+
+def as_setting(value: Any, what: str) -> Tensor:
+    """A setting of a likelihood (class weights, a variance) as a float64 tensor on the CPU; what is no real number is a TypeError."""
+    kind = type(value).__name__
+    if isinstance(value, Tensor):
+        kind = f"a tensor of {value.dtype}, {value.layout}, on {value.device}"
+        if value.is_complex() or value.is_meta or value.layout != torch.strided:
+            raise TypeError(f"{what} must be real numbers in a dense tensor; got {kind}.")
+    try:
+        return torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{what} must be a number, a list or a tensor of numbers; got {kind}: {error}.") from None

@@ -10,6 +10,7 @@ from fisherlens.errors import InputError
 from fisherlens.likelihoods.base import (
     BoundLikelihood,
     Likelihood,
+    as_setting,
     require_finite,
     require_finite_targets,
     require_per_output,
@@ -65,9 +66,7 @@ class Bernoulli(Likelihood):
     name = "bernoulli"
 
     def __init__(self, pos_weight: Tensor | float | None = None):
-        self.pos_weight = (
-            None if pos_weight is None else torch.as_tensor(pos_weight, dtype=torch.float64).detach().cpu()
-        )
+        self.pos_weight = None if pos_weight is None else as_setting(pos_weight, "pos_weight")
         if self.pos_weight is not None and not (torch.isfinite(self.pos_weight).all() and (self.pos_weight >= 0).all()):
             raise InputError(f"pos_weight must be finite and >= 0; got {self.pos_weight.tolist()}.")
 

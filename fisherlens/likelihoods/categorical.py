@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from fisherlens.errors import InputError
-from fisherlens.likelihoods.base import BoundLikelihood, Likelihood, require_finite, require_targets
+from fisherlens.likelihoods.base import BoundLikelihood, Likelihood, as_setting, require_finite, require_targets
 
 
 class _BoundCategorical(BoundLikelihood):
@@ -117,9 +119,11 @@ class Categorical(Likelihood):
     name = "categorical"
 
     def __init__(self, weight: Tensor | list[float] | None = None, ignore_index: int = -100, class_axis: int = 1):
-        self.weight = None if weight is None else torch.as_tensor(weight, dtype=torch.float64).detach().cpu()
-        self.ignore_index = ignore_index
-        self.class_axis = class_axis
+        self.weight = None if weight is None else as_setting(weight, "Class weights")
+        for name, value in (("ignore_index", ignore_index), ("class_axis", class_axis)):
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+                raise TypeError(f"{name} of Categorical must be an integer; got {value!r}.")
+        self.ignore_index, self.class_axis = int(ignore_index), int(class_axis)
         if self.weight is not None and (
             self.weight.ndim != 1 or not torch.isfinite(self.weight).all() or (self.weight < 0).any()
         ):

@@ -11,6 +11,7 @@ from fisherlens.errors import InputError, NonFiniteError
 from fisherlens.likelihoods.base import (
     BoundLikelihood,
     Likelihood,
+    as_setting,
     broadcasts,
     require_finite,
     require_finite_targets,
@@ -64,7 +65,7 @@ class Gaussian(Likelihood):
     name = "gaussian"
 
     def __init__(self, variance: Tensor | float = 1.0):
-        self.variance = torch.as_tensor(variance, dtype=torch.float64).detach().cpu()
+        self.variance = as_setting(variance, "variance")
         wrong = ~(torch.isfinite(self.variance) & (self.variance > 0))
         if wrong.any():
             first = tuple(wrong.nonzero()[0].tolist())

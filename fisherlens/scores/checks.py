@@ -87,6 +87,29 @@ def _check_selected(parameters: dict[str, Tensor]) -> None:
         )
 
 
+def check_outputs(outputs: Tensor, size: int) -> None:
+    """Refuse outputs of a model for which there is no likelihood: a loss, labels, complex numbers, none at all, other examples."""
+    if outputs.layout != torch.strided or outputs.is_nested:
+        raise InputError(
+            "The model's outputs are sparse or nested; a likelihood needs a dense tensor. Return outputs.to_dense(), or pad examples to one size."
+        )
+    if not outputs.ndim:
+        raise InputError(
+            f"The model returned one number for {size} examples; expected outputs with the examples on their first axis. Return logits or means, not "
+            "the loss."
+        )
+    if outputs.shape[0] != size or not outputs.numel():
+        raise InputError(
+            f"The model's outputs for {size} examples have shape {tuple(outputs.shape)}; expected ({size}, …), with at least one output each. Check that inputs "
+            "have a batch axis, that the model keeps it first, and its last layer."
+        )
+    if not outputs.is_floating_point():
+        raise InputError(
+            f"The model's outputs have dtype {outputs.dtype}; a likelihood needs real logits or means. Return those, not labels (argmax) and not "
+            "complex numbers (torch.view_as_real)."
+        )
+
+
 def random_module(model: nn.Module, run: Callable[[], Any]) -> str:
     """Name the innermost module whose output differs between two runs on the same inputs."""
     runs: list[list[tuple[str, Any]]] = []

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from fisherlens.errors import FisherLensError, InputError
 from fisherlens.layout import ROOT, FunctionModel, LayerInfo, Layout
 from fisherlens.linalg.memory import Workspace
-from fisherlens.scores.checks import LOW_PRECISION, random_module
+from fisherlens.scores.checks import LOW_PRECISION, check_outputs, random_module
 from fisherlens.scores.conv import ConvGeometry, conv_rows
 from fisherlens.scores.embedding import embedding_rows
 from fisherlens.scores.look_up import ForwardRules
@@ -313,29 +313,13 @@ def flattened_map(use: Use) -> tuple[int, int, int] | None:
 
 def probe(recorder: Recorder, batch: Batch) -> Tensor:
     """Run a few examples: the model must work, be deterministic, and not couple the examples of a batch."""
-    try:
-        outputs, _, _ = recorder.forward(batch)
-    except FisherLensError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"The model failed on {batch.where}: {type(error).__name__}: {error}. Inputs: {describe(batch.inputs)}; parameters: "
-            f"{next(iter(recorder.model.parameters())).dtype}. Check the inputs' shape, dtype (inputs.to(dtype)) and device by calling the model on them."
-        ) from error
-    if not outputs.numel():
-        raise InputError(
-            f"The model's outputs for {batch.size} examples have shape {tuple(outputs.shape)}: nothing of which there is a likelihood. Check its last layer."
-        )
-    if not outputs.is_floating_point():
-        raise InputError(
-            f"The model's outputs have dtype {outputs.dtype}; a likelihood needs real logits or means. Return those, not labels (argmax) and not "
-            "complex numbers (torch.view_as_real)."
-        )
+    outputs = _run(recorder, batch)
+    check_outputs(outputs, batch.size)
     if not torch.isfinite(outputs).all():
         return outputs  # the likelihood names what is wrong
     scale = outputs.detach().abs().max().item() or 1.0
     if recorder.check:
-        gap = _gap(outputs, recorder.forward(batch)[0])
+        gap = _gap(outputs, _run(recorder, batch))
         if gap > 1e-5 * scale:
             found = random_module(recorder.model, lambda: recorder.forward(batch))
             raise InputError(
@@ -343,16 +327,29 @@ def probe(recorder: Recorder, batch: Batch) -> Tensor:
                 "numbers in its forward, or counts its calls; call model.eval() or fix its randomness. check_deterministic=False skips this test."
             )
     if batch.size > 1:
-        gap = _gap(outputs[:1], recorder.forward(batch.part(0, 1))[0])
+        gap = _gap(outputs[:1], _run(recorder, batch.part(0, 1)))
         coarse = any(p.dtype in LOW_PRECISION for p in recorder.leaves().values())
         tolerance = (5e-2 if coarse else 1e-3) * scale
-        by_chance = gap > tolerance and not recorder.check and _gap(outputs, recorder.forward(batch)[0]) > 1e-5 * scale
+        by_chance = gap > tolerance and not recorder.check and _gap(outputs, _run(recorder, batch)) > 1e-5 * scale
         if gap > tolerance and not by_chance:  # by chance an output differs from itself too
             raise InputError(
                 f"The output of an example depends on the other examples of its batch (difference {gap:.3g}), so no per-example Fisher exists. "
                 "Look for statistics over the batch axis in the model's forward."
             )
     return outputs
+
+
+def _run(recorder: Recorder, batch: Batch) -> Tensor:
+    """Outputs of the model; whatever it raises becomes an InputError that shows what it was given."""
+    try:
+        return recorder.forward(batch)[0]
+    except FisherLensError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"The model failed on {batch.where}: {type(error).__name__}: {error}. Inputs: {describe(batch.inputs)}; parameters: "
+            f"{next(iter(recorder.model.parameters())).dtype}. Check the inputs' shape, dtype (inputs.to(dtype)) and device by calling the model on them."
+        ) from error
 
 
 def _gap(outputs: Tensor, others: Tensor) -> float:
