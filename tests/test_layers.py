@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from cases import fill
 from cases_more import MORE_CASES
 from fisher_checks import DRAWS, KINDS, QUIET, SEED, drawn_labels, error
-from torch import Tensor
+from torch import Tensor, nn
 
 import fisherlens as fl
 from fisherlens import reference
@@ -114,6 +115,57 @@ def test_not_kept(name, path, unchanged):
         assert F.plan.linearised == (path == "linearised" and name not in COLLECTED["linearised"])
     collected = name in COLLECTED["streamed"] and F.plan.streamed
     assert ("collected in each product" in repr(F.plan)) == collected
+
+
+# --- likelihoods where no scores are kept; kept ones are in test_fisher_data.py --------------------------------------
+
+
+def forms() -> dict[str, tuple[nn.Module, tuple[Tensor, Tensor], Any]]:
+    """Every form of terms, weights and variances, on outputs (N, 3) and (N, 3, 2)."""
+    g = torch.Generator().manual_seed(3)
+    with torch.random.fork_rng(devices=[]):
+        flat = fill(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double(), g)
+        wide = fill(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 6), nn.Unflatten(1, (3, 2))).double(), g)
+    x = torch.randn(7, 3, generator=g, dtype=torch.float64)
+    y, pairs = torch.randint(3, (7,), generator=g), torch.randint(3, (7, 2), generator=g)
+    last = torch.randint(2, (7, 3), generator=g)
+    binary, values = torch.randint(2, (7, 3, 2), generator=g).double(), torch.randn(7, 3, 2, generator=g).double()
+    y[2] = pairs[0, 1] = pairs[4] = last[1] = -100
+    weight, each = [0.2, 1.0, 3.0], 0.5 + torch.rand(7, 3, 2, generator=g, dtype=torch.float64)
+    return {
+        "weights and ignored labels": (flat, (x, y), fl.Categorical(weight=weight)),
+        "classes first": (wide, (x, pairs), "categorical"),
+        "classes first, weights": (wide, (x, pairs), fl.Categorical(weight=weight)),
+        "classes last": (wide, (x, last), fl.Categorical(class_axis=-1, weight=[0.5, 2.0])),
+        "binary": (wide, (x, binary), "bernoulli"),
+        "binary, soft labels and a weight": (wide, (x, binary * 0.8), fl.Bernoulli(2.5)),
+        "binary, weights per output": (wide, (x, binary), fl.Bernoulli(torch.tensor([[0.5, 2.0]] * 3))),
+        "one variance": (wide, (x, values), fl.Gaussian(0.3)),
+        "variances per output": (wide, (x, values), fl.Gaussian(torch.tensor([[0.2], [1.0], [5.0]]))),
+        "variances per example": (wide, (x, values), fl.Gaussian(each)),
+    }
+
+
+@pytest.mark.parametrize("path", ["streamed", "linearised"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", forms())
+def test_likelihoods_where_scores_are_not_kept(form, kind, path):
+    model, data, likelihood = forms()[form]
+    drawn = drawn_labels(model, data, likelihood) if kind == "mc" else None
+    T = reference.fisher(model, data, likelihood, kind, labels=drawn)
+    batches = [tuple(t[at] for t in data) for at in (slice(3), slice(3, 7))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fisherlens.scores.plan._GRAPHS", 1e-9 if path == "linearised" else 1e9)
+        options = {"likelihood": likelihood, "kind": kind, "mc_samples": DRAWS, "seed": SEED}
+        budget = fl.Fisher(model, batches, **options).plan.nbytes // 3
+        F = fl.Fisher(model, batches, memory=budget, **options)
+    assert {entry.path for entry in F.plan} == {path}
+    V = vectors(F.n_params, 4)
+    assert error(F @ V, T @ V) < TOLERANCE
+    assert error(F @ V[:, 0], T @ V[:, 0]) < TOLERANCE
+    assert error(F.dense(), T) < TOLERANCE
+    assert error(F.gradient(), reference.gradient(model, data, likelihood)) < TOLERANCE
+    assert F.trace() == pytest.approx(T.trace().item(), rel=TOLERANCE)
 
 
 def single(x: Any) -> Any:
