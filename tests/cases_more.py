@@ -72,8 +72,8 @@ add(
 _CONVOLUTIONS = {1: (nn.Conv1d, (8,)), 2: (nn.Conv2d, (6, 5)), 3: (nn.Conv3d, (4, 4, 5))}
 for _d, (_conv, _size) in _CONVOLUTIONS.items():
     for _mode, _padding in (
-        *(("zeros", 1), ("zeros", "same"), ("zeros", "valid")),
-        *(("reflect", 1), ("replicate", 1), ("circular", 1), ("circular", "same")),
+        *(("zeros", 1), ("zeros", "same"), ("zeros", "valid"), ("reflect", 1), ("replicate", 1), ("circular", 1)),
+        *([("circular", "same")] if _d == 3 else []),
     ):
         _options = {"groups": 2, "dilation": 2, "stride": 1 if _padding == "same" else 2}
         add(

@@ -180,9 +180,9 @@ def test_float32(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         model = model.float()
-    for kind in ("exact", "empirical"):
-        F = fl.Fisher(model, (single(inputs), single(targets)), likelihood=likelihood, kind=kind)
-        T, V = truth(name, kind), vectors(F.n_params, 3)
-        assert F.dtype == F.diagonal().dtype == torch.float32
-        assert error(F.dense(), T) < 1e-4
-        assert error(F @ V.float(), T @ V) < 1e-4
+    kind = ("exact", "empirical")[list(MORE_CASES).index(name) % 2]
+    F = fl.Fisher(model, (single(inputs), single(targets)), likelihood=likelihood, kind=kind)
+    T, V = truth(name, kind), vectors(F.n_params, 3)
+    assert F.dtype == F.diagonal().dtype == torch.float32
+    assert error(F.dense(), T) < 1e-4
+    assert error(F @ V.float(), T @ V) < 1e-4
