@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import statistics
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ KEY = (1, 16)  # the columns of design.md's table, measured before all others
 # What design.md asks of us, in gradient evaluations: single, per vector in a block of 16, streamed single.
 GOALS = {"mlp": (1.05, 0.95, 1.8), "lenet": (0.6, 0.16, 2.0), "conv6": (1.0, 0.17, 2.0)}
 _LEAST = 3  # rounds of a slow contestant
-_STRETCH = 1.5  # times the budget that the columns of design.md's table may take, if they must
+_STRETCH = 2.5  # times the budget that the columns of design.md's table may take, if they must
 _WARM = 2.0  # seconds; what takes longer needs no run only to warm up
 
 
@@ -175,6 +176,11 @@ def measure(network: str, options: Any) -> dict[str, Any]:
             ready[name] = attempt(ALL[name], own, first_small=name not in COMPILED)
         except Unavailable as reason:
             notes[name] = str(reason)
+    for name, product in ready.items():
+        seconds = product.facts.get("capture_seconds", _WARM)
+        if seconds < _WARM:  # again, now that everything is warm
+            again = [ALL[name](tasks[name]).facts["capture_seconds"] for _ in range(_LEAST)]
+            product.facts["capture_seconds"] = statistics.median(again)
     peaks = all_peaks(network, tasks, ready, options) if options.peaks else {}
     difference = errors(task, ready)
     timing = Timing(task, ready, peaks, options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from harness import table
+from products_text import number
 
 EXPECTED = {"N": "1", "P": "1", "C": "≤ 1", "K": "< 1"}
 MEANING = {"N": "examples", "P": "parameters, by the width", "C": "classes", "K": "vectors in a block"}
@@ -20,7 +21,7 @@ def markdown(payload: dict[str, Any]) -> str:
                     [
                         *(family, f"{variable}: {MEANING[variable]}", quantity),
                         f"{one['sizes'][0]:,} to {one['sizes'][-1]:,}",
-                        f"{one['seconds'][0] * 1e3:.3g} to {one['seconds'][-1] * 1e3:.3g} ms",
+                        f"{number(one['seconds'][0] * 1e3)} to {number(one['seconds'][-1] * 1e3)} ms",
                         f"{one['slope']:.2f} ± {one['slope_error']:.2f}",
                         EXPECTED[variable],
                     ]
