@@ -43,6 +43,7 @@ from fisherlens.spectrum import (
     log_determinant,
     spectral_density,
     spectrum,
+    top_eigenvalues,
 )
 from fisherlens.training import Problem, compare_optimizers, problem, problems, train
 
@@ -59,6 +60,7 @@ __all__ = [  # noqa: RUF022 - grouped by topic
     "BoundLikelihood",
     # spectra
     "spectrum",
+    "top_eigenvalues",
     "spectral_density",
     "Operator",
     "effective_dimension",

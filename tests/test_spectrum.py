@@ -195,7 +195,7 @@ def test_functions_of_the_spectrum(name):
 
 def test_what_is_refused(unchanged):
     F = case("mlp_tanh").fisher()
-    with pytest.raises(InputError, match=r"Unknown option by= 'layers'\. Did you mean 'layer'\?"):
+    with pytest.raises(InputError, match=r"Unknown partition scheme 'layers'\. Did you mean 'layer'\?"):
         fl.spectrum(F, by="layers")
     with pytest.raises(InputError, match=r"one spectrum per layer; choose one, such as result\.sel\(layer='all'\)"):
         fl.effective_dimension(fl.spectrum(F, by="layer"), 0.1)

@@ -8,6 +8,7 @@ from fisherlens.spectrum.kinds import compare_kinds
 from fisherlens.spectrum.operators import Operator, Symmetric, as_symmetric
 from fisherlens.spectrum.rules import Quadrature, quadrature_of
 from fisherlens.spectrum.side import Side, side_for
+from fisherlens.spectrum.top import top_eigenvalues
 
 __all__ = [
     "WHOLE",
@@ -25,4 +26,5 @@ __all__ = [
     "side_for",
     "spectral_density",
     "spectrum",
+    "top_eigenvalues",
 ]
