@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import itertools
-from importlib.util import find_spec
 
 import matplotlib as mpl
 import numpy as np
@@ -22,7 +21,6 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 # The Gram side, the dense side, several terms per example, shared weights of the mean, and outputs without classes.
-NEEDS_TOP = pytest.mark.skipif(find_spec("fisherlens.spectrum.top") is None, reason="top_eigenvalues is not there yet")
 CASES = ("mlp_tanh", "lenet", "fewer_parameters_than_examples", "segmentation", "gaussian_image", "bernoulli_image")
 
 
@@ -229,7 +227,6 @@ def test_without_labels_there_are_no_natural_gradients():
         fl.compare_kinds(model, (x, None), likelihood=likelihood)
 
 
-@NEEDS_TOP
 @pytest.mark.parametrize("kinds", [("exact", "mc", "empirical"), ("empirical", "exact", "hessian")])
 @pytest.mark.parametrize("by", [None, "layer"])
 def test_probes_agree_within_their_errors(kinds, by):
@@ -254,7 +251,6 @@ def test_probes_agree_within_their_errors(kinds, by):
     assert np.allclose(found["trace"].sel(kind=same), exact["trace"].sel(kind=same), rtol=1e-10)
 
 
-@NEEDS_TOP
 def test_a_large_hessian_is_probed_beside_exact_kinds(monkeypatch):
     model, data, likelihood = ALL_CASES["mlp_tanh"]()
     options = {"likelihood": likelihood, "kinds": ("exact", "hessian", "empirical"), "k": 2, "damping": 0.1}
@@ -270,7 +266,6 @@ def test_a_large_hessian_is_probed_beside_exact_kinds(monkeypatch):
     assert np.allclose(found["overlap"], exact["overlap"], atol=1e-5)
 
 
-@NEEDS_TOP
 def test_auto_takes_probes_where_the_rows_do_not_fit(monkeypatch):
     model, data, likelihood = ALL_CASES["mlp_tanh"]()
     monkeypatch.setattr(importlib.import_module("fisherlens.spectrum.kinds"), "fits", lambda F, members: False)

@@ -13,6 +13,7 @@ from fisherlens.errors import InputError, MemoryBudgetError, readable_bytes
 from fisherlens.fisher import Fisher
 from fisherlens.spectrum.kinds_capture import Member, rows_of
 from fisherlens.spectrum.kinds_parts import Part
+from fisherlens.spectrum.top import top_eigenvalues
 
 
 class Probes:
@@ -54,8 +55,6 @@ class Probes:
 
     def leading(self, part: Part, F: Fisher, gradient: Tensor | None) -> None:
         """Add leading pairs and natural gradients of one matrix to a part."""
-        from fisherlens.spectrum.top import top_eigenvalues
-
         wanted = min(self.k + 1, F.n_params)  # one more, for the gap below the leading space
         found = top_eigenvalues(F, wanted, vectors=True, seed=self.seed)
         self.num_matvecs += int(found.attrs.get("num_matvecs", 0))
