@@ -42,6 +42,7 @@ from fisherlens.spectrum import (
     estimate_trace,
     log_determinant,
     spectral_density,
+    spectral_summary,
     spectrum,
     top_eigenvalues,
 )
@@ -63,6 +64,7 @@ __all__ = [  # noqa: RUF022 - grouped by topic
     "top_eigenvalues",
     "spectral_density",
     "Operator",
+    "spectral_summary",
     "effective_dimension",
     "log_determinant",
     "estimate_trace",

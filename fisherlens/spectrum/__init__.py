@@ -8,6 +8,7 @@ from fisherlens.spectrum.kinds import compare_kinds
 from fisherlens.spectrum.operators import Operator, Symmetric, as_symmetric
 from fisherlens.spectrum.rules import Quadrature, quadrature_of
 from fisherlens.spectrum.side import Side, side_for
+from fisherlens.spectrum.summary import spectral_summary
 from fisherlens.spectrum.top import top_eigenvalues
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "quadrature_of",
     "side_for",
     "spectral_density",
+    "spectral_summary",
     "spectrum",
     "top_eigenvalues",
 ]

@@ -81,9 +81,9 @@ def estimate_trace(
     Notes
     -----
     Unbiased. The standard error pools what every entry of the products says of the variance, so that the t interval of Hutchinson and
-    Hutch++ holds the truth in 93 to 97 % of 1,000 seeds from 3 probes on, whatever the spectrum; the usual spread of the quadratic forms
-    gives 80 to 92 % with ten probes and a few dominating eigenvalues. Intervals of XTrace hold it in 82 to 95 % and those of XNysTrace in
-    48 to 95 %. Figures: ``tests/benchmarks/coverage.py`` and the page "Choosing an estimator". Where the rank is at most the size of the
+    Hutch++ holds the truth in 93 to 97 % of 1,000 seeds from 4 probes on, whatever the spectrum; the usual spread of the quadratic forms
+    gives 85 to 92 % with ten probes and a few dominating eigenvalues. Intervals of XTrace hold it in 81 to 95 % and those of XNysTrace in
+    41 to 95 %. Figures: ``tests/benchmarks/coverage.py`` and the page "Choosing an estimator". Where the rank is at most the size of the
     sketch the answer is exact, and its error rounding. A Fisher is multiplied on its row side where that is the shorter.
     Sources: Hutchinson 1990; Meyer, Musco, Musco and Woodruff 2021; Epperly, Tropp and Webber 2024.
 
@@ -192,7 +192,7 @@ def estimate_diagonal(
     -----
     Unbiased. With Gaussian probes each entry is the slope of a regression with Gaussian errors, so that Student's t with (probes - 1)
     degrees of freedom holds exactly for Hutchinson and Hutch++, for any operator and any number of probes. An interval covers one entry:
-    of many entries, 5 % lie outside. Intervals of XDiag are indicative and hold 83 to 97 % (``tests/benchmarks/coverage.py``). An
+    of many entries, 5 % lie outside. Intervals of XDiag are indicative and hold 83 to 95 % (``tests/benchmarks/coverage.py``). An
     entry's relative error is √(‖A_a‖²/A_aa² - 1)/√probes, so that small entries beside large couplings need the sketch.
     Sources: Bekas, Kokiopoulou and Saad 2007; Baston and Nakatsukasa 2022 (sketch); Epperly, Tropp and Webber 2024 (XDiag).
 

@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
-from fisherlens.errors import InputError
-from fisherlens.fisher import Fisher, check_damping
-from fisherlens.spectrum.complete import spectrum
+from fisherlens.fisher import check_damping
+from fisherlens.spectrum.intervals import check_confidence, check_count, student_interval
+from fisherlens.spectrum.moments import integrate
+from fisherlens.spectrum.rules import Quadrature
+from fisherlens.spectrum.sources import of_operator, of_result, require_semidefinite
 
 if TYPE_CHECKING:
     import xarray as xr
 
-
-def _known_values(F_or_result: Any) -> tuple[np.ndarray, Any]:
-    """Eigenvalues of an operator or of a spectrum, noise clipped to zero, and the Dataset they came from if any."""
-    kind = F_or_result.kind if isinstance(F_or_result, Fisher) else getattr(F_or_result, "attrs", {}).get("kind")
-    if kind == "hessian":
-        raise InputError(
-            "Functions of a spectrum such as the effective dimension and the log-determinant are of a positive semi-definite F, but this is a "
-            "Hessian, whose eigenvalues may be negative. Use kind='exact', 'mc' or 'empirical', or fl.spectrum(H) for the eigenvalues themselves."
-        )
-    if isinstance(F_or_result, Fisher):
-        return spectrum(F_or_result)["eigenvalue"].clip(min=0).values, None
-    if hasattr(F_or_result, "data_vars") and "eigenvalue" in F_or_result:
-        if "layer" in F_or_result["eigenvalue"].dims:
-            raise InputError("The result has one spectrum per layer; choose one, such as result.sel(layer='all').")
-        return F_or_result["eigenvalue"].dropna("rank").clip(min=0).values, F_or_result
-    raise TypeError(f"Expected a Fisher or the Dataset of fl.spectrum; got {type(F_or_result).__name__}.")
+Function = Callable[[np.ndarray, float], np.ndarray]
 
 
-def effective_dimension(F_or_result: Any, damping: float | Sequence[float]) -> xr.DataArray:
+def effective_dimension(
+    F_or_result: Any,
+    damping: float | Sequence[float],
+    *,
+    num_probes: int = 10,
+    num_matvecs: int = 80,
+    deflate: int = 10,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> xr.DataArray:
     r"""Compute the effective dimension, the number of directions that the data determine better than the damping.
 
     .. math:: d(\lambda) = \operatorname{tr} F (F + \lambda I)^{-1} = \sum_i \frac{\lambda_i}{\lambda_i + \lambda}
@@ -40,42 +37,168 @@ def effective_dimension(F_or_result: Any, damping: float | Sequence[float]) -> x
     Parameters
     ----------
     F_or_result
-        A Fisher, or the Dataset of :func:`spectrum`.
+        A Fisher, an approximation, an :class:`Operator` with ``psd=True``, or the Dataset of :func:`spectrum`, of
+        :func:`spectral_density` or of ``top_eigenvalues``.
     damping
         One λ > 0 or several, in nat.
+    num_probes, num_matvecs, deflate
+        Only where the spectrum must be estimated: probes, Lanczos steps of each, and leading eigenpairs that are found first and then
+        exact. Defaults as of :func:`spectral_density`; the 10 pairs are our choice.
+    seed
+        Of the probes.
+    confidence
+        Of the interval of an estimate.
 
     Returns
     -------
-    DataArray ``effective_dimension (damping)``, or a scalar one for a single λ. Exact; cost: one spectrum.
+    DataArray ``effective_dimension (damping)``, or a scalar one for a single λ; its attribute ``method`` says how it came about. Where it is
+    not exact it has the coordinates ``sem`` (over probes), ``low``, ``high`` and ``truncation``, what the finite rules may be off by:
+    where that is larger than ``sem``, more ``num_matvecs`` help, else more ``num_probes``.
+
+    Raises
+    ------
+    InputError: a damping that is no number > 0; a Hessian or another operator that may be indefinite; eigenvalues of ``top_eigenvalues``
+    without the trace. TypeError: neither an operator nor a result.
+
+    Notes
+    -----
+    Exact, at the cost of one spectrum, where the Gram matrix or F fits the memory budget, where the approximation knows its own, and for
+    other operators of no more parameters than ``num_probes * num_matvecs``. Else by Lanczos quadrature: the Gauss rules are an upper bound
+    of every probe's own value, the Gauss-Radau rules a lower one, and ``low`` … ``high`` is a t interval around both. It holds the truth for
+    93 to 97 % of 1,000 seeds (``tests/benchmarks/coverage.py``). From a result of ``top_eigenvalues`` and the trace follow strict bounds:
+    ``low`` if what is missing sits in as few eigenvalues as possible, ``high`` if it is spread evenly; the value is their middle.
+
+    Examples
+    --------
+    >>> import torch, fisherlens as fl
+    >>> F = fl.Fisher(torch.nn.Linear(3, 2), (torch.eye(3), torch.tensor([0, 1, 0])), likelihood="categorical")
+    >>> fl.effective_dimension(F, [1e-3, 1.0]).dims
+    ('damping',)
     """
-    return _function_of_spectrum(
-        F_or_result, damping, "effective_dimension", lambda x, lam: (x / (x + lam)).sum(), "effective dimension", "1"
-    )
+    options = _options(num_probes, num_matvecs, deflate, seed, confidence)
+    words = ("effective_dimension", "effective dimension", "1")
+    return _function_of_spectrum(F_or_result, damping, words, dimension_of, options, confidence)
 
 
-def log_determinant(F_or_result: Any, damping: float | Sequence[float]) -> xr.DataArray:
+def log_determinant(
+    F_or_result: Any,
+    damping: float | Sequence[float],
+    *,
+    num_probes: int = 10,
+    num_matvecs: int = 80,
+    deflate: int = 10,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> xr.DataArray:
     r"""Compute log det(I + F/λ) in nat.
 
     Half of it is what N examples tell beyond a Gaussian prior of precision Nλ, in the Laplace approximation.
 
     .. math:: \log\det(I + F/\lambda) = \sum_i \log(1 + \lambda_i/\lambda)
 
-    Parameters and cost as :func:`effective_dimension`.
+    Parameters, errors and cost as :func:`effective_dimension`.
     """
-    return _function_of_spectrum(
-        F_or_result, damping, "log_determinant", lambda x, lam: np.log1p(x / lam).sum(), "log det(I + F/λ)", "nat"
-    )
+    options = _options(num_probes, num_matvecs, deflate, seed, confidence)
+    words = ("log_determinant", "log det(I + F/λ)", "nat")
+    return _function_of_spectrum(F_or_result, damping, words, log_of, options, confidence)
+
+
+def dimension_of(values: np.ndarray, damping: float) -> np.ndarray:
+    """x/(x + λ)."""
+    return values / (values + damping)
+
+
+def log_of(values: np.ndarray, damping: float) -> np.ndarray:
+    """log(1 + x/λ)."""
+    return np.log1p(values / damping)
+
+
+def _options(num_probes: Any, num_matvecs: Any, deflate: Any, seed: Any, confidence: Any) -> dict[str, int]:
+    check_count("num_probes", num_probes, 1, "the random probes of an estimate")
+    check_count("num_matvecs", num_matvecs, 2, "the Lanczos steps of each probe")
+    check_count("deflate", deflate, 0, "the leading eigenpairs that are found first")
+    check_count("seed", seed, 0, "of the probes")
+    check_confidence(confidence)
+    return {"num_probes": num_probes, "num_matvecs": num_matvecs, "deflate": deflate, "seed": seed}
 
 
 def _function_of_spectrum(
-    source: Any, damping: Any, name: str, function: Any, long_name: str, units: str
+    source: Any,
+    damping: Any,
+    words: tuple[str, str, str],
+    function: Function,
+    options: dict[str, int],
+    confidence: float,
 ) -> xr.DataArray:
     import xarray as xr
 
-    values, _ = _known_values(source)
-    attrs = {"long_name": long_name, "units": units}
-    if np.ndim(damping) == 0:
-        return xr.DataArray(function(values, check_damping(damping)), name=name, attrs=attrs)
-    grid = [check_damping(lam) for lam in damping]
-    found = [function(values, lam) for lam in grid]
-    return xr.DataArray(found, dims="damping", coords={"damping": grid}, name=name, attrs=attrs)
+    grid = [check_damping(lam) for lam in ([damping] if np.ndim(damping) == 0 else damping)]
+    name, long_name, units = words
+    attrs: dict[str, Any] = {"long_name": long_name, "units": units}
+    value, errors, attrs["method"] = _evaluate(source, grid, name, function, options, confidence)
+    dims = () if np.ndim(damping) == 0 else ("damping",)
+    coords: dict[str, Any] = {"damping": grid} if dims else {}
+
+    def shaped(values: np.ndarray) -> Any:
+        return values if dims else values[0]
+
+    for key, (values, told) in errors.items():
+        coords[key] = (dims, shaped(values), {"long_name": f"{told} of the {long_name}", "units": units})
+    return xr.DataArray(shaped(value), dims=dims, coords=coords, name=name, attrs=attrs)
+
+
+def _evaluate(
+    source: Any, grid: list[float], name: str, function: Function, options: dict[str, int], confidence: float
+) -> tuple[np.ndarray, dict[str, tuple[np.ndarray, str]], str]:
+    """Values on the grid of dampings, their errors by coordinate name, and the method in words."""
+    require_semidefinite(source)
+    leak = 0.0
+    if hasattr(source, "data_vars"):
+        rules, method, missing = of_result(source)
+        if missing is not None:
+            return _bounded(rules, missing, grid, function, method)
+    else:
+        if not hasattr(source, "__matmul__"):
+            message = (
+                f"Expected a Fisher or the Dataset of fl.spectrum; got {type(source).__name__}. An approximation, fl.Operator(..., psd=True), and "
+                "the Datasets of fl.spectral_density and fl.top_eigenvalues serve too."
+            )
+            raise TypeError(message)
+        own = getattr(source, name, None)
+        if callable(own):
+            values = [float(torch.as_tensor(own(lam), dtype=torch.float64).sum()) for lam in grid]
+            return np.array(values), {}, f"exact: by the {type(source).__name__} itself"
+        found = of_operator(source, **options)
+        rules, method, leak = found.rules, found.words, found.leak
+    result = integrate(rules, [lambda x, lam=lam: function(x, lam) for lam in grid])
+    if rules.exact:
+        return result.value, {}, method
+    # deflated pairs are coupled to the rest by their residuals: at most f'(0) Σ r²/θ, and f'(0) is 1/λ for both functions
+    slack = leak / np.array(grid) + rules.rounding * abs(result.value)
+    low, _ = student_interval(result.lower, result.sem, result.dof, confidence, slack)
+    _, high = student_interval(result.value, result.sem, result.dof, confidence, slack)
+    shown = f"{100 * confidence:g} % interval"
+    errors = {
+        "sem": (result.sem, "standard error over probes"),
+        "low": (np.maximum(low, 0), f"lower end of the {shown}"),
+        "high": (high, f"upper end of the {shown}"),
+        "truncation": (result.value - result.lower + slack, "largest possible error of the finite rules"),
+    }
+    return result.value, errors, method
+
+
+def _bounded(
+    rules: Quadrature, missing: float, grid: list[float], function: Function, method: str
+) -> tuple[np.ndarray, dict[str, tuple[np.ndarray, str]], str]:
+    """Strict bounds from some of the largest eigenvalues and the trace: the functions are concave and 0 at 0."""
+    values = np.maximum(rules.known, 0)
+    most, count = values.min(initial=np.inf), max(rules.rank_bound - len(values), 1)
+    full = int(min(missing // most, count)) if most > 0 else 0
+    rest = max(missing - full * most, 0.0) if most > 0 else 0.0
+    known = np.array([function(values, lam).sum() for lam in grid])
+    fewest = full * np.array([function(np.array(most), lam) for lam in grid]) if full else np.zeros(len(grid))
+    low = known + fewest + np.array([function(np.array(rest), lam) for lam in grid])
+    high = known + np.array([count * function(np.array(missing / count), lam) for lam in grid])
+    high = np.maximum(high, low)
+    errors = {"low": (low, "strict lower bound"), "high": (high, "strict upper bound")}
+    return (low + high) / 2, errors, f"bounds from {len(values)} eigenvalues and the trace; {method}"
