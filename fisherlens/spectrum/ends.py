@@ -66,6 +66,7 @@ class _Found:
     settled: bool = True
     interrupted: bool = False
     iterated: bool = True
+    known_above: int | None = None  # eigenvalues above the floor, where all are known
 
 
 def solve_end(F: Any, wish: Wish, on_products: Callable[[int], None]) -> dict[str, Any]:
@@ -189,7 +190,8 @@ def _exact(space: _Space, view: Symmetric, active: int, selection: Selection) ->
 
     spent = space.spent + active
     words = f"exact: eigenvalues of the {space.words} in float64"
-    return _Found(vectors.T, images.T, scale, spent, words, rest, iterated=False)
+    above = int((theta > selection.floor * scale).sum())
+    return _Found(vectors.T, images.T, scale, spent, words, rest, iterated=False, known_above=above)
 
 
 def _some_eigenvectors(matrix: Tensor, wanted: Tensor) -> Tensor:
@@ -330,6 +332,10 @@ def _judge(
         "method": found.words,
         "settled": found.settled,
         "interrupted": found.interrupted,
+        # of the smallest above zero: how many real ones may lie below what the dtype resolves
+        "hidden": max(0, min(view.rank_bound, order) - found.known_above)
+        if positive and found.known_above is not None
+        else 0,
     }
     F = view.source
     if isinstance(F, Fisher) and F.kind != "hessian" and wish.pencil is None:

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from fisherlens import errors
 from fisherlens._progress import progress as progress_bar
-from fisherlens.errors import ConvergenceWarning, InputError, MemoryBudgetError, readable_bytes
+from fisherlens.errors import ConvergenceWarning, InputError, MemoryBudgetError, NumericalWarning, readable_bytes
 from fisherlens.fisher import Fisher
 from fisherlens.results import make_dataset
 from fisherlens.spectrum.complete import WHOLE, label_coords, spectrum
@@ -105,6 +106,7 @@ def top_eigenvalues(
     Warns
     -----
     ConvergenceWarning: the budget, or Ctrl-C, ended the run before all pairs converged; they are returned as they are.
+    NumericalWarning: the smallest above zero of a float32 operator whose rank may be larger than what stands above the noise.
 
     Notes
     -----
@@ -151,7 +153,7 @@ def top_eigenvalues(
     targets = [F] if names is None else [*(F.restrict(name) for name in names[:-1]), F]
     with progress_bar(budget * len(targets), desc="eigenvalues", enabled=progress) as bar:
         found = [solve_end(target, wish, lambda count: bar.update(count)) for target in targets]
-    _warn(found, names, wish)
+    _warn(found, names, wish, view.dtype)
     return _dataset(F, wish, found, names, by)
 
 
@@ -166,8 +168,16 @@ def _known(what: str, name: Any, known: Sequence[str]) -> None:
         raise InputError(errors.UNKNOWN_NAME.format(what=what, name=name, hint=errors.nearest(str(name), known)))
 
 
-def _warn(found: list[dict[str, Any]], names: list[str] | None, wish: Wish) -> None:
-    """One warning for everything that did not converge."""
+def _warn(found: list[dict[str, Any]], names: list[str] | None, wish: Wish, dtype: torch.dtype) -> None:
+    """One warning for everything that did not converge, and one where float32 hides what was asked for."""
+    hidden = max(part["hidden"] for part in found)
+    if hidden and dtype == torch.float32:
+        warnings.warn(
+            f"The smallest eigenvalues above zero are in doubt: the rank may be larger by {hidden}, but nothing below the noise floor "
+            f"({max(float(part['noise_floor']) for part in found):.1e}) can be told from zero in float32. Build the operator in float64 (model.double()).",
+            NumericalWarning,
+            stacklevel=3,
+        )
     late = [i for i, part in enumerate(found) if not part["converged"].all() or not part["settled"]]
     if not late:
         return
