@@ -21,7 +21,7 @@ from fisherlens.scores.recorder import Recorder, Unexplained, leaf_gradients, pr
 from fisherlens.scores.source import Batch, Source
 from fisherlens.scores.streamed import StreamedMatrix
 from fisherlens.scores.tangents import settle_products
-from fisherlens.scores.witness import Witness, flat
+from fisherlens.scores.witness import Witness, add
 
 # Examples on which a model is checked: enough that a wrong order of them shows (our choice).
 _SAMPLE = 8
@@ -129,7 +129,7 @@ def _first_pass(
     like, n, plan = collector.like, source.n_data, collector.plan
     writers = collector.writers(n) if matrix_type is None else None
     witness = Witness(collector) if matrix_type is None else None
-    gradient: Tensor | None = torch.zeros(collector.layout.n_params, dtype=torch.float64, device=like.device)
+    gradient, labelled = torch.zeros(collector.layout.n_params, dtype=torch.float64, device=like.device), True
     coefficients, bounds, weights, kept = [], [], [], []
     with progress_bar(n, desc="Fisher scores", enabled=progress) as bar:
         for piece in collector.pieces(source, seed):
@@ -137,19 +137,18 @@ def _first_pass(
             bound = collector.bind(outputs, piece.batch, piece.at)
             if writers is not None:
                 collector.collect(piece, bound, outputs, uses, writers, piece.at)
-            if piece.batch.targets is None:
-                gradient = None
-            d = None if gradient is None else collector.gradient_coefficients(bound)
+            labelled = labelled and piece.batch.targets is not None
+            d = collector.gradient_coefficients(bound) if labelled else None
             # coefficients of a label that the model takes for impossible are infinite
             known = d is not None and bool(torch.isfinite(d).all())
-            if witness is not None and not known:
-                witness.ask(piece, bound, outputs, leaves)
-            if gradient is not None:
-                of_loss = flat(leaf_gradients(outputs, leaves, bound.loss_gradient()))
-                gradient += of_loss
+            if witness is not None:
+                witness.know(d) if known else witness.ask(piece, bound, outputs, leaves)
+            if labelled:
+                of_loss = leaf_gradients(outputs, leaves, bound.loss_gradient())
+                add(gradient, of_loss)
                 coefficients.append(d)
-                if witness is not None and known:
-                    witness.take(of_loss, d)
+                if witness is not None and not known:
+                    witness.leave_out(of_loss)
             if writers is not None:  # outputs may be as large as the data, so without scores they are not kept either
                 bounds.append(bound)
             weights.append(bound.weight)
@@ -161,7 +160,7 @@ def _first_pass(
         raise InputError(
             "Every term has weight 0 (all labels are ignored, or their class weights are 0), so F is not defined. Check ignore_index and weight."
         )
-    in_row_space = gradient is not None and all(d is not None for d in coefficients)
+    in_row_space = labelled and all(d is not None for d in coefficients)
     mask = torch.cat(kept).reshape(-1)
     mask = None if mask.all() else mask
     if matrix_type is not None:
@@ -169,7 +168,7 @@ def _first_pass(
     else:
         matrix = ScoreMatrix([writer.scores() for writer in writers.values()], mask)
         require_finite_scores(matrix)
-        witness.require(matrix)
+        witness.require(matrix, gradient)
     return Capture(
         collector.layout,
         plan,
@@ -177,7 +176,7 @@ def _first_pass(
         total,
         int((weight > 0).sum().item()),
         collector.rank_per_term,
-        None if gradient is None else (gradient / total).to(like.dtype),
+        (gradient / total).to(like.dtype) if labelled else None,
         torch.cat(coefficients).reshape(-1) if in_row_space else None,
         bounds,
         torch.cat([leaf.detach().reshape(-1).to(like.dtype) for leaf in collector.recorder.leaves().values()]).clone(),

@@ -394,15 +394,26 @@ def _unexplained(recorder: Recorder, batch: Batch) -> list[str]:
         expected = torch.cat([truth[p.name].reshape(-1) for p in layer.parameters])
         rebuilt = torch.zeros_like(expected)
         for use, g in zip(uses[layer.name], scores[layer.name], strict=True):
-            if g is not None:
-                for i in range(batch.size):  # one at a time: rows of a wide layer are large
-                    one = replace(use, inputs=use.inputs.detach()[i : i + 1])
-                    rebuilt += weight[i] * use_rows(layer, one, g[i : i + 1, None])[0, 0]
+            if g is None:
+                continue
+            g = g * weight.view(-1, *[1] * (g.ndim - 1)).to(g.dtype)
+            for one, part in _one_by_one(layer, replace(use, inputs=use.inputs.detach()), g):
+                rebuilt += use_rows(layer, one, part[:, None])[0, 0]
         if (rebuilt - expected).abs().max() > tolerance * expected.abs().max().clamp(
             min=torch.finfo(expected.dtype).tiny
         ):
             found.append(layer.name)
     return found
+
+
+def _one_by_one(layer: LayerInfo, use: Use, g: Tensor) -> Iterator[tuple[Use, Tensor]]:
+    """A use and its output scores, cut into examples: rows of a wide layer are large. Where a row is a sum over positions, all at once."""
+    if layer.kind in ("dense", "embedding"):
+        width = use.inputs.shape[-1:] if layer.kind == "dense" else ()
+        yield replace(use, inputs=use.inputs.reshape(1, -1, *width)), g.reshape(1, -1, g.shape[-1])
+        return
+    for i in range(len(g)):
+        yield replace(use, inputs=use.inputs[i : i + 1]), g[i : i + 1]
 
 
 @contextmanager

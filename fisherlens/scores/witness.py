@@ -11,9 +11,11 @@ from fisherlens.scores.collector import Collector, Piece
 from fisherlens.scores.matrix import ScoreMatrix
 from fisherlens.scores.recorder import Unexplained, leaf_gradients
 
+Gradients = dict[str, Tensor]
+
 
 class Witness:
-    """Coefficients d and the gradient that Uᵀd must be, piece by piece of the data.
+    """Coefficients d of every row, and the gradient that Uᵀd must be.
 
     Rules are tested on a few examples, which may not show all: a weight that serves by itself too for some later examples, or
     examples in another order. The gradient of the loss, which is taken anyway, is the witness where its coefficients are known;
@@ -23,12 +25,11 @@ class Witness:
     def __init__(self, collector: Collector):
         self.collector = collector
         self._coefficients: list[Tensor] = []
-        self._gradient = torch.zeros(collector.layout.n_params, dtype=torch.float64, device=collector.like.device)
+        self._instead: Tensor | None = None  # what to add to the gradient of the loss where another pass was taken
         self._generator = torch.Generator().manual_seed(0)
 
-    def take(self, gradient: Tensor, coefficients: Tensor) -> None:
-        """The gradient of the loss of a piece, and its coefficients ``(n, r)``."""
-        self._gradient += gradient
+    def know(self, coefficients: Tensor) -> None:
+        """Take the coefficients ``(n, r)`` of the gradient of the loss of a piece."""
         self._coefficients.append(coefficients)
 
     def ask(self, piece: Piece, bound: BoundLikelihood, outputs: Tensor, leaves: dict[str, Tensor]) -> None:
@@ -36,30 +37,49 @@ class Witness:
         weight = 0.5 + torch.rand(piece.batch.size, 1, generator=self._generator, dtype=torch.float64).to(outputs)
         signal = sum(self.collector.signals(bound, piece.uniforms))
         signal = signal * weight.view(-1, *[1] * (signal.ndim - 1)).to(signal.dtype)
-        self._gradient += flat(leaf_gradients(outputs, leaves, signal, keep=True))
+        self._put(leaf_gradients(outputs, leaves, signal, keep=True), 1)
         self._coefficients.append(weight.expand(-1, self.collector.r))
 
-    def require(self, matrix: ScoreMatrix) -> None:
-        """Raise :class:`Unexplained` for the layers whose scores say something else.
+    def leave_out(self, gradients: Gradients) -> None:
+        """The gradient of the loss of a piece whose coefficients are not those of the loss."""
+        self._put(gradients, -1)
 
-        Gaps are judged by the scale of Uᵀ(±d) with random signs, in which nothing cancels.
-        """
-        d = torch.cat([x.reshape(-1) for x in self._coefficients]).to(matrix.dtype)
-        signs = torch.randint(2, d.shape, generator=torch.Generator().manual_seed(1)).to(d) * 2 - 1
-        back = matrix.rmatmat(torch.stack([d, d * signs], dim=1)).double()
+    def _put(self, gradients: Gradients, sign: int) -> None:
+        if self._instead is None:
+            size, device = self.collector.layout.n_params, self.collector.like.device
+            self._instead = torch.zeros(size, dtype=torch.float64, device=device)
+        add(self._instead, gradients, sign)
+
+    def require(self, matrix: ScoreMatrix, of_loss: Tensor) -> None:
+        """Raise :class:`Unexplained` for the layers whose scores do not give the gradient; ``of_loss`` is that of the loss."""
+        d = torch.cat([x.reshape(-1) for x in self._coefficients]).to(matrix.dtype)[:, None]
+        truth = (of_loss if self._instead is None else of_loss + self._instead).to(matrix.dtype)
         low = next(iter(self.collector.recorder.leaves().values())).dtype in LOW_PRECISION
         tolerance = 0.1 if low else 1e-2 if matrix.dtype == torch.float32 else 1e-6
-        wrong = []
-        for layer in self.collector.layout.layers:
-            at = slice(layer.start, layer.stop)
-            gap = (back[at, 0] - self._gradient[at]).abs().max()
-            scale = torch.maximum(back[at].abs().max(), self._gradient[at].abs().max())
-            if gap > tolerance * scale and gap > 1e3 * torch.finfo(matrix.dtype).tiny:
-                wrong.append(layer.name)
+        scales, gaps = self._largest(truth), self._largest(truth - matrix.rmatmat(d)[:, 0])
+        wrong = {name for name, gap in gaps.items() if gap > tolerance * scales[name]}
+        if (
+            wrong
+        ):  # near a minimum gradients cancel, and not all of a gap is more than rounding: random signs show the scale
+            signs = torch.randint(2, d.shape, generator=torch.Generator().manual_seed(1)).to(d) * 2 - 1
+            scales = self._largest(matrix.rmatmat(d * signs)[:, 0])
+            least = 1e3 * torch.finfo(matrix.dtype).tiny
+            wrong = {name for name in wrong if gaps[name] > max(tolerance * scales[name], least)}
         if any(name in self.collector.recorder.modules for name in wrong):  # by a rule, not by one gradient per example
-            raise Unexplained(wrong)
+            raise Unexplained(sorted(wrong))
+
+    def _largest(self, vector: Tensor) -> dict[str, float]:
+        """The largest entry of each layer by its size."""
+        found = {}
+        for layer in self.collector.layout.layers:
+            low, high = torch.aminmax(vector[layer.start : layer.stop])
+            found[layer.name] = max(-low.item(), high.item())
+        return found
 
 
-def flat(gradients: dict[str, Tensor]) -> Tensor:
-    """Gradients as one vector in float64."""
-    return torch.cat([g.reshape(-1).double() for g in gradients.values()])
+def add(total: Tensor, gradients: Gradients, sign: int = 1) -> None:
+    """Add gradients, in the order of the layout, to a flat float64 total."""
+    start = 0
+    for gradient in gradients.values():
+        total[start : start + gradient.numel()].add_(gradient.reshape(-1), alpha=sign)
+        start += gradient.numel()
