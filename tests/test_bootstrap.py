@@ -122,6 +122,26 @@ def test_through_the_spectrum(by, unchanged, tmp_path):
         fl.spectrum(F, by=by, bootstrap=3)
 
 
+@pytest.mark.parametrize("function", [fl.effective_dimension, fl.log_determinant])
+def test_through_functions_of_the_spectrum(function):
+    F = fl.Fisher(network(), sample(40, 3), likelihood="categorical", kind="mc", mc_samples=2)
+    found, whole = (
+        function(F, [1e-3, 0.1], bootstrap=30, seed=2),
+        fl.spectral_summary(F, damping=[1e-3, 0.1], bootstrap=30, seed=2),
+    )
+    name = function.__name__
+    assert found.values == pytest.approx(whole[name].values)
+    for end in ("low", "high"):
+        assert found[f"data_{end}"].values == pytest.approx(whole[f"{name}_data_{end}"].values)
+    for part, source in (("data", "data"), ("label", "labels")):
+        assert found[f"{part}_variance"].values == pytest.approx(whole[f"{name}_variance"].sel(source=source).values)
+    assert function(F, 0.1, bootstrap=30)["data_low"].ndim == 0
+    with pytest.raises(InputError, match="but Dataset knows no examples"):
+        function(fl.spectrum(F), 0.1, bootstrap=30)
+    with pytest.raises(InputError, match="bootstrap must be an integer >= 0"):
+        function(F, 0.1, bootstrap=-2)
+
+
 def test_intervals_shrink_with_the_sample_and_widen_with_confidence():
     model = network()
     widths = []

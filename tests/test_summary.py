@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -297,6 +299,21 @@ def test_saved_and_loaded(tmp_path):
     ds = fl.spectral_summary(case("mlp_tanh").fisher(), by="layer", bootstrap=20)
     fl.save(ds, tmp_path / "summary.nc")
     assert fl.load(tmp_path / "summary.nc").identical(ds)
+
+
+def test_the_page_on_choosing_an_estimator(capsys):
+    page = Path(__file__).resolve().parents[1] / "docs/howto/choosing_an_estimator.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    scope: dict[str, object] = {}
+    for block in blocks:
+        exec(block, scope)  # noqa: S102 - our own page
+    assert "exact: eigenvalues of the Gram matrix" in capsys.readouterr().out
+    rough, exact = scope["rough"], scope["exact"]
+    assert (
+        np.abs(rough["log_determinant"] - exact["log_determinant"])
+        <= 5 * rough["log_determinant_sem"] + rough["log_determinant_truncation"]
+    ).all()
 
 
 # --- calibration -----------------------------------------------------------------------------------------------------

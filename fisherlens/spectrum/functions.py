@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from fisherlens.fisher import check_damping
+from fisherlens.spectrum.bootstrap import bootstrap_functions, check_replicates
 from fisherlens.spectrum.intervals import check_confidence, check_count, student_interval
 from fisherlens.spectrum.moments import integrate
 from fisherlens.spectrum.rules import Quadrature
@@ -27,6 +28,7 @@ def effective_dimension(
     num_probes: int = 10,
     num_matvecs: int = 80,
     deflate: int = 10,
+    bootstrap: int = 0,
     seed: int = 0,
     confidence: float = 0.95,
 ) -> xr.DataArray:
@@ -44,16 +46,20 @@ def effective_dimension(
     num_probes, num_matvecs, deflate
         Only where the spectrum must be estimated: probes, Lanczos steps of each, and leading eigenpairs that are found first and then
         exact. Defaults as of :func:`spectral_density`; the 10 pairs are our choice.
+    bootstrap
+        Replicates of a bootstrap over the examples of a Fisher, 0 for none, else at least 20.
     seed
-        Of the probes.
+        Of probes and bootstrap.
     confidence
-        Of the interval of an estimate.
+        Of the intervals.
 
     Returns
     -------
     DataArray ``effective_dimension (damping)``, or a scalar one for a single λ; its attribute ``method`` says how it came about. Where it is
     not exact it has the coordinates ``sem`` (over probes), ``low``, ``high`` and ``truncation``, what the finite rules may be off by:
-    where that is larger than ``sem``, more ``num_matvecs`` help, else more ``num_probes``.
+    where that is larger than ``sem``, more ``num_matvecs`` help, else more ``num_probes``. With ``bootstrap`` also ``data_low`` and
+    ``data_high``, an indicative interval for infinitely many examples, and ``data_variance`` and ``label_variance``, see
+    :func:`spectral_summary`.
 
     Raises
     ------
@@ -77,7 +83,7 @@ def effective_dimension(
     """
     options = _options(num_probes, num_matvecs, deflate, seed, confidence)
     words = ("effective_dimension", "effective dimension", "1")
-    return _function_of_spectrum(F_or_result, damping, words, dimension_of, options, confidence)
+    return _function_of_spectrum(F_or_result, damping, words, dimension_of, options, bootstrap, confidence)
 
 
 def log_determinant(
@@ -87,6 +93,7 @@ def log_determinant(
     num_probes: int = 10,
     num_matvecs: int = 80,
     deflate: int = 10,
+    bootstrap: int = 0,
     seed: int = 0,
     confidence: float = 0.95,
 ) -> xr.DataArray:
@@ -100,7 +107,7 @@ def log_determinant(
     """
     options = _options(num_probes, num_matvecs, deflate, seed, confidence)
     words = ("log_determinant", "log det(I + F/λ)", "nat")
-    return _function_of_spectrum(F_or_result, damping, words, log_of, options, confidence)
+    return _function_of_spectrum(F_or_result, damping, words, log_of, options, bootstrap, confidence)
 
 
 def dimension_of(values: np.ndarray, damping: float) -> np.ndarray:
@@ -128,23 +135,42 @@ def _function_of_spectrum(
     words: tuple[str, str, str],
     function: Function,
     options: dict[str, int],
+    bootstrap: int,
     confidence: float,
 ) -> xr.DataArray:
     import xarray as xr
 
+    check_replicates(bootstrap)
     grid = [check_damping(lam) for lam in ([damping] if np.ndim(damping) == 0 else damping)]
     name, long_name, units = words
-    attrs: dict[str, Any] = {"long_name": long_name, "units": units}
-    value, errors, attrs["method"] = _evaluate(source, grid, name, function, options, confidence)
+    value, errors, method = _evaluate(source, grid, name, function, options, confidence)
+    if bootstrap:
+        errors |= _over_examples(source, grid, function, bootstrap, options["seed"], confidence)
     dims = () if np.ndim(damping) == 0 else ("damping",)
     coords: dict[str, Any] = {"damping": grid} if dims else {}
-
-    def shaped(values: np.ndarray) -> Any:
-        return values if dims else values[0]
-
     for key, (values, told) in errors.items():
-        coords[key] = (dims, shaped(values), {"long_name": f"{told} of the {long_name}", "units": units})
-    return xr.DataArray(shaped(value), dims=dims, coords=coords, name=name, attrs=attrs)
+        unit = "nat²" if "variance" in key and units == "nat" else units
+        coords[key] = (dims, values if dims else values[0], {"long_name": f"{told} of the {long_name}", "units": unit})
+    attrs = {"long_name": long_name, "units": units, "method": method}
+    return xr.DataArray(value if dims else value[0], dims=dims, coords=coords, name=name, attrs=attrs)
+
+
+def _over_examples(
+    source: Any, grid: list[float], function: Function, bootstrap: int, seed: int, confidence: float
+) -> dict[str, tuple[np.ndarray, str]]:
+    """Coordinates that a bootstrap adds."""
+
+    def values(eigenvalues: np.ndarray) -> np.ndarray:
+        return np.stack([function(eigenvalues, lam).sum(-1) for lam in grid], axis=-1)
+
+    told = bootstrap_functions(source, {"value": values}, bootstrap, seed, confidence)["value"]
+    shown = f"{100 * confidence:g} % bootstrap interval over examples, indicative,"
+    return {
+        "data_low": (told["low"], f"lower end of the {shown}"),
+        "data_high": (told["high"], f"upper end of the {shown}"),
+        "data_variance": (told["data"], "variance over examples"),
+        "label_variance": (told["labels"], "variance over drawn labels"),
+    }
 
 
 def _evaluate(
