@@ -357,3 +357,22 @@ def test_sorting_model_on_a_sorted_sample(kind):
     F = fl.Fisher(model, (x, y), likelihood="categorical", kind=kind)
     assert F.plan["a"].storage == "per example"
     assert error(F.dense(), reference.fisher(model, (x, y), "categorical", kind, labels=labels)) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rules_hold_where_the_gradient_vanishes(dtype):
+    """At a minimum the gradient is rounding, and so is its distance from that of the scores: no reason to leave a rule."""
+    x, y = data(40, (6,))
+    model = nn.Linear(6, 3).double()
+    targets = torch.nn.functional.one_hot(y, 3).double()
+    padded = torch.cat([x, torch.ones(40, 1, dtype=DTYPE)], 1)
+    best = torch.linalg.lstsq(padded, targets).solution
+    with torch.no_grad():
+        model.weight.copy_(best[:6].T)
+        model.bias.copy_(best[6])
+    inputs = (x.to(dtype), targets.to(dtype))
+    for kind in ("exact", "empirical", "mc"):
+        F = fl.Fisher(model.to(dtype), inputs, likelihood="gaussian", kind=kind)
+        assert F.gradient().norm() < {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-1}[dtype]
+        assert F.plan["(root)"].storage == "factors"
+        model = model.double()
