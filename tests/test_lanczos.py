@@ -108,12 +108,17 @@ def test_the_last_directions_of_a_space_are_found():
         assert found.skew < 1e-5 * found.scale
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-8, 1e20])
-def test_breakdown_is_relative_to_the_norm(scale):
-    matrix = low_rank(80)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**-30, 2.0**80])
+def test_breakdown_is_relative_to_the_norm(scale, dtype):
+    """Also where the squares of the entries leave the range of float32."""
+    matrix = low_rank(80, dtype=dtype)
     one, other = run(matrix, 6, block=2), run(matrix * scale, 6, block=2)
     assert one.products == other.products
-    assert torch.allclose(other.values[:4] / scale, one.values[:4], rtol=1e-10)
+    assert torch.allclose(other.values[:4] / scale, one.values[:4], rtol=20 * torch.finfo(dtype).eps)
+    pairs = rayleigh_ritz(other.vectors, other.images)
+    assert (pairs.residual_norm <= 1e-6 * other.scale).all()
+    assert torch.allclose(other.images, (matrix * scale @ other.vectors.T).T, rtol=1e-5, atol=1e-5 * other.scale)
 
 
 # --- the ends of the spectrum ----------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fisherlens.errors import InputError, NonFiniteError
+from fisherlens.linalg.probes import wide
 
 Product = Callable[[Tensor], Tensor]
 
@@ -140,7 +141,7 @@ class Krylov:
             if attempt and shortest > 0.5:  # nothing was cancelled: twice is enough
                 break
         self.pending, self._pending_z = q, bq
-        return (w @ bq.T).double().cpu()
+        return (w @ bq.T).cpu().double()
 
     def _gram_schmidt(self, w: Tensor, floor: float) -> tuple[Tensor, Tensor, float]:
         """Orthonormal rows Q in place of w, with refills; B Q; and the shortest length among those of w that were kept."""
@@ -206,7 +207,7 @@ class Krylov:
         if self.metric is not None:
             self._z[old : old + added] = self._pending_z
         self.size = old + added
-        projected = (self._v[: self.size] @ w.T).double().cpu()
+        projected = (self._v[: self.size] @ w.T).cpu().double()
         if self.metric is not None:
             w = self.metric.solve_rows(w)
         self._judge_symmetry(projected, images.T, w)
@@ -224,7 +225,7 @@ class Krylov:
     def _judge_symmetry(self, projected: Tensor, images: Tensor, w: Tensor) -> None:
         """Compare the two projections of every pair of vectors, of which symmetry makes one."""
         old, added = self.size - len(self.pending), len(self.pending)
-        squares = (images * w).double().sum(1)  # of the lengths of B⁻¹A q
+        squares = (wide(images) * wide(w)).sum(1)  # of the lengths of B⁻¹A q
         self.scale = max(self.scale, squares.clamp(min=0).max().sqrt().item())
         within = (projected[old:] - projected[old:].T).abs().max().item()
         forgotten = torch.linalg.vector_norm(self.lost, dim=0)[:, None]
@@ -252,7 +253,7 @@ class Krylov:
         """‖A x - θ B x‖ in the norm of B⁻¹, for vectors and products in rows, float64 on the CPU."""
         residual = images - theta.to(x)[:, None] * self._times_metric(x)
         dual = residual if self.metric is None else self.metric.solve_rows(residual)
-        return (residual.double() * dual.double()).sum(1).clamp(min=0).sqrt().cpu()
+        return (wide(residual) * wide(dual)).sum(1).clamp(min=0).sqrt().cpu().double()
 
     def vectors(self, y: Tensor) -> Tensor:
         """Vectors with coordinates ``y (j, m)``, in rows ``(m, n)``."""

@@ -177,6 +177,7 @@ class _Run:
         self.krylov, self.product, self.k, self.selection = krylov, product, k, selection
         self.tol, self.relative, self.budget, self.on_products = tol, relative, budget, on_products
         self.spent = self.steps = 0
+        self.unit: float | None = None
         self.settled = self.interrupted = False
         self.pairs: tuple[Tensor, Tensor, Tensor] | None = None  # values, vectors, images
 
@@ -192,7 +193,13 @@ class _Run:
             self.krylov.correct(*self.pairs)
 
     def _multiply(self, rows: Tensor) -> Tensor:
+        """A X in units of ``unit``: squares of very large or small products would leave the range of float32."""
         images = self.product(rows.T)
+        require_finite_block(images, "A product with the operator")
+        if self.unit is None:
+            most = images.abs().max().item()
+            self.unit = 1.0 if most == 0 or 1e-8 < most < 1e8 else 2.0 ** math.floor(math.log2(most))
+        images = images if self.unit == 1 else images / self.unit
         self.spent += len(rows)
         self.on_products(self.spent)
         return images
@@ -280,20 +287,19 @@ class _Run:
                 self.interrupted = True
                 pieces.append(self._multiply(piece).T)
         images = torch.cat(pieces)
-        require_finite_block(images, "A product with the operator")
         self.pairs = values, vectors, images
         residual = krylov.residual_norms(*self.pairs)
         return bool((residual > self._goal(values, 1.0) + self._rounding()).any())
 
     def result(self) -> LanczosResult:
         """What there is now."""
-        krylov, (values, vectors, images) = self.krylov, self.pairs
+        krylov, (values, vectors, images), unit = self.krylov, self.pairs, self.unit
         return LanczosResult(
-            values,
+            values * unit,
             vectors,
-            images,
-            scale=krylov.scale,
-            skew=krylov.skew,
+            images if unit == 1 else images * unit,
+            scale=krylov.scale * unit,
+            skew=krylov.skew * unit,
             products=self.spent,
             steps=self.steps,
             complete=krylov.size == krylov.n,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherlens.linalg.krylov import Metric
+from fisherlens.linalg.probes import wide
 
 Interval = tuple[float, float]
 
@@ -49,19 +50,19 @@ class RitzPairs:
 
 def rayleigh_ritz(vectors: Tensor, images: Tensor, metric: Metric | None = None) -> RitzPairs:
     """Best pairs in the span of some vectors (rows), from their products; inner products in float64."""
-    x, ax = vectors.double(), images.double()
-    bx = x if metric is None else metric.rows(vectors).double()
-    gram, form = (x @ bx.T).cpu(), (x @ ax.T).cpu()
+    x, ax = wide(vectors), wide(images)
+    bx = x if metric is None else wide(metric.rows(vectors))
+    gram, form = (x @ bx.T).cpu().double(), (x @ ax.T).cpu().double()
     factor = torch.linalg.cholesky((gram + gram.T) / 2)
     half = torch.linalg.solve_triangular(factor, (form + form.T) / 2, upper=False)
     small = torch.linalg.solve_triangular(factor, half.T, upper=False)
     theta, y = torch.linalg.eigh((small + small.T) / 2)
     theta, y = theta.flip(0), y.flip(1)
-    turn = torch.linalg.solve_triangular(factor.T, y, upper=True).T.to(x.device)
+    turn = torch.linalg.solve_triangular(factor.T, y, upper=True).T.to(x)
     x, ax, bx = turn @ x, turn @ ax, turn @ bx
-    residual = ax - theta.to(x.device)[:, None] * bx
-    dual = residual if metric is None else metric.solve_rows(residual.to(vectors.dtype)).double()
-    overlap = (residual @ dual.T).cpu()
+    residual = ax - theta.to(x)[:, None] * bx
+    dual = residual if metric is None else wide(metric.solve_rows(residual.to(vectors.dtype)))
+    overlap = (residual @ dual.T).cpu().double()
     return RitzPairs(theta, x.to(vectors.dtype), ax.to(vectors.dtype), (overlap + overlap.T) / 2)
 
 

@@ -342,6 +342,6 @@ def _judge(
         facts["trace"] = F.trace()
     if wish.vectors:
         full = np.full((length, view.n), np.nan)
-        full[: len(values)][above] = pairs.vectors.double().cpu().numpy()[above]
+        full[: len(values)][above] = pairs.vectors.cpu().double().numpy()[above]
         facts["eigenvector"] = full
     return facts

@@ -83,6 +83,6 @@ def _needs_damping(B: Any) -> bool:
 
 def allowance(pencil: Pencil, view: Symmetric, vectors: Tensor, images: Tensor, values: Tensor) -> float:
     """What rounding of A x and B x adds to a residual in the norm of B⁻¹: 4 √n ε of their lengths, times the root of ‖B⁻¹‖."""
-    b = torch.linalg.vector_norm(pencil.rows(vectors).double(), dim=1).cpu() * values.abs()
-    lengths = torch.linalg.vector_norm(images.double(), dim=1).cpu() + b
+    b = torch.linalg.vector_norm(pencil.rows(vectors), dim=1).cpu().double() * values.abs()
+    lengths = torch.linalg.vector_norm(images, dim=1).cpu().double() + b
     return 4 * view.n**0.5 * torch.finfo(view.dtype).eps * lengths.max().item() * pencil.inverse_norm(view) ** 0.5
