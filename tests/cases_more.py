@@ -174,7 +174,7 @@ add("embedding bag, max", _bag(mode="max"), words(6, 3))
 class Scaled(nn.Module):
     """Parameters of the root: a factor, a matrix used as it stands, and an integer one that nothing learns."""
 
-    def __init__(self, shape: tuple[int, ...] = (1,)):
+    def __init__(self, shape: tuple[int, ...] = ()):
         super().__init__()
         self.scale, self.matrix = nn.Parameter(torch.full(shape, 0.7)), nn.Parameter(torch.ones(4, 3))
         self.steps = nn.Parameter(torch.arange(3), requires_grad=False)

@@ -396,17 +396,20 @@ def test_trap_28_no_side_effects(kind, memory, unchanged):
     assert x.requires_grad
 
 
-def test_trap_28_nothing_stays_alive():
+@pytest.mark.parametrize(("memory", "path"), [("1MB", "factors"), (2000, "linearised"), (500, "streamed")])
+def test_trap_28_nothing_stays_alive(memory, path):
     """Memory goes with the last reference to it, without waiting for the garbage collector."""
     gc.disable()
     try:
         model = mlp()
-        F = fl.Fisher(model, twelve(), likelihood="categorical")
+        F = fl.Fisher(model, twelve(), likelihood="categorical", memory=memory)
+        assert F.plan.layers[0].path == path
         F.gram(), F.solve(noise(35), 0.1), F @ noise(35)
         scores, network = weakref.ref(F.scores), weakref.ref(model)
         del model
-        assert network() is None  # the scores are all that is kept
+        assert (network() is None) == F.plan.kept  # scores are all that is kept, where they are
         del F
         assert scores() is None
+        assert network() is None
     finally:
         gc.enable()

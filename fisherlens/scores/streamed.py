@@ -23,21 +23,43 @@ if TYPE_CHECKING:
 _TOGETHER = 8
 
 
+class Stream:
+    """The data as often as asked: pieces, or the scores of each piece, one at a time.
+
+    A part of its own, so that layers and matrix need not refer to each other: kept graphs go with the last that uses them.
+    """
+
+    def __init__(self, collector: Collector, source: Source, seed: int, budget: int):
+        self.collector, self.source, self.seed, self.budget = collector, source, seed, budget
+        self.n, self.r = source.n_data, collector.r
+        self.dtype, self.device = collector.like.dtype, collector.like.device
+
+    def pieces(self, step: int | None = None) -> Iterator[Piece]:
+        """The data once more, global random state preserved."""
+        with preserved_randomness(self.device):
+            yield from self.collector.pieces(self.source, self.seed, step)
+
+    def parts(self) -> Iterator[tuple[slice, ScoreMatrix]]:
+        """Rows and score matrix of each piece."""
+        for piece in self.pieces():
+            yield slice(piece.at.start * self.r, piece.at.stop * self.r), self.collector.matrix(piece)
+
+
 class StreamedLayer(LayerScores):
     """One layer of a streamed score matrix."""
 
     path = "streamed"
 
-    def __init__(self, layer: LayerInfo, matrix: StreamedMatrix):
-        self.layer, self._matrix = layer, matrix
-        self.n, self.r, self.dtype, self.device = matrix.n, matrix.r, matrix.dtype, matrix.device
+    def __init__(self, layer: LayerInfo, stream: Stream):
+        self.layer, self._stream = layer, stream
+        self.n, self.r, self.dtype, self.device = stream.n, stream.r, stream.dtype, stream.device
 
     @property
     def nbytes(self) -> int:
         return 0
 
     def _each(self, function: Callable[[LayerScores, slice], Tensor]) -> Iterator[Tensor]:
-        for rows, scores in self._matrix.parts():
+        for rows, scores in self._stream.parts():
             yield function(scores[self.layer.name], rows)
 
     def matmat(self, v: Tensor) -> Tensor:
@@ -92,7 +114,7 @@ class StreamedLayer(LayerScores):
 
     def column_chunks(self) -> list[Tensor]:
         # each chunk is a pass over the data, so chunks are as large as the budget allows
-        step = max(1, self._matrix.budget // 4 // max(1, self.rows * self.dtype.itemsize))
+        step = max(1, self._stream.budget // 4 // max(1, self.rows * self.dtype.itemsize))
         return list(torch.arange(self.size, device=self.device).split(step))
 
 
@@ -112,15 +134,13 @@ class StreamedMatrix(ScoreMatrix):
     """
 
     def __init__(self, collector: Collector, source: Source, seed: int, budget: int, kept: Tensor | None):
-        self.collector, self.source, self.seed, self.budget = collector, source, seed, budget
-        self.n, self.r = source.n_data, collector.r
-        self.dtype, self.device = collector.like.dtype, collector.like.device
+        self.stream, self.collector = Stream(collector, source, seed, budget), collector
         collector.recorder.freeze()
         source.remember()
-        super().__init__([StreamedLayer(layer, self) for layer in collector.layout.layers], kept)
+        super().__init__([StreamedLayer(layer, self.stream) for layer in collector.layout.layers], kept)
         self._graphs: dict[int, Graph] = {}
         if collector.plan.linearised:
-            for piece in self.pieces():
+            for piece in self.stream.pieces():
                 leaves = collector.recorder.leaves()
                 outputs = collector.recorder.outputs_with_graph(piece.batch, leaves)
                 self._graphs[piece.at.start] = Graph(outputs, leaves, keep=True)
@@ -131,12 +151,6 @@ class StreamedMatrix(ScoreMatrix):
         part._grams = self._grams
         return part
 
-    def pieces(self, vectors: int = 0) -> Iterator[Piece]:
-        """The data once more, global random state preserved, in pieces for scores or for so many vectors through the network."""
-        step = self.collector.linear_step(vectors) if vectors and not self._graphs else None
-        with preserved_randomness(self.device):
-            yield from self.collector.pieces(self.source, self.seed, step)
-
     def _linear(self, vectors: int) -> bool:
         """Whether vectors cost less through the linearised network than through the scores of each piece.
 
@@ -146,8 +160,7 @@ class StreamedMatrix(ScoreMatrix):
 
     def parts(self) -> Iterator[tuple[slice, ScoreMatrix]]:
         """Rows and score matrix of each piece, one at a time."""
-        for piece in self.pieces():
-            yield slice(piece.at.start * self.r, piece.at.stop * self.r), self.collector.matrix(piece)
+        return self.stream.parts()
 
     def matmat(self, v: Tensor) -> Tensor:
         if not self._linear(v.shape[1]):
@@ -169,7 +182,7 @@ class StreamedMatrix(ScoreMatrix):
             for group, sums in zip(groups, totals, strict=True):
                 for total, gradient in zip(sums, self._linearised(piece, group), strict=True):
                     total.add(gradient)
-        rows = [torch.cat([total.value().flatten(1) for total in sums], dim=1) for sums in totals]
+        rows = [torch.cat([_flat(total.value()) for total in sums], dim=1) for sums in totals]
         return torch.cat(rows).to(self.dtype).mul_(scale).T
 
     def diagonal(self) -> Tensor:
@@ -208,7 +221,8 @@ class StreamedMatrix(ScoreMatrix):
         ]
 
     def _linear_pieces(self, groups: Sequence[dict[str, Tensor]]) -> Iterator[Piece]:
-        return self.pieces(max(len(next(iter(group.values()))) for group in groups))
+        together = max(len(next(iter(group.values()))) for group in groups)
+        return self.stream.pieces(None if self._graphs else self.collector.linear_step(together))
 
     def _image(self, piece: Piece, tangents: dict[str, Tensor]) -> tuple[Tensor, list[Tensor], Graph]:
         """Row-space images ``(K, n, r)`` of K vectors, the score columns, and the graph of the outputs."""
@@ -236,3 +250,8 @@ class StreamedMatrix(ScoreMatrix):
             column * z[:, :, r].reshape(*z.shape[:2], *[1] * (column.ndim - 1)) for r, column in enumerate(columns)
         )
         return graph.pull_backs(signals)
+
+
+def _flat(gradients: Tensor) -> Tensor:
+    """``(K, *shape)`` as ``(K, numel)``, also of a parameter that is a single number."""
+    return gradients.reshape(len(gradients), -1)

@@ -37,7 +37,7 @@ def settle_products(
     entries = [
         replace(entry, product_flops=entry.gradient_flops * share, reason=entry.reason + why) for entry in plan.layers
     ]
-    return Plan(entries, plan.n_data, plan.n_columns, plan.budget), CollectedMatrix
+    return Plan(entries, plan.n_data, plan.n_columns, plan.budget, plan.scores_nbytes), CollectedMatrix
 
 
 def linearises(recorder: Recorder, sample: Batch, *, keep: bool) -> bool:
