@@ -125,7 +125,8 @@ class Collector:
         if not self.plan.kept:
             per_example, share = per_example + self.plan.scores_nbytes // n, max(budget // 2, _LINEAR)
         step = max(1, min(4096, min(share, _TRANSIENT) // per_example))
-        gradients = (8 + self.like.dtype.itemsize) * self.layout.n_params  # the mean gradient is summed in float64
+        # the mean gradient and that of the witness are summed in float64, from a gradient and a product in the dtype of the scores
+        gradients = 2 * (8 + self.like.dtype.itemsize) * self.layout.n_params
         linear = 0 if self.plan.kept else 3 * min(self.linear_step(1), n) * self.graph_bytes
         self.plan.transient_nbytes = max(min(step, n) * per_example, linear) + gradients
         return step

@@ -141,8 +141,8 @@ def as_symmetric(operator: Any) -> Symmetric:
     missing = [name for name in ("shape", "dtype", "device", "__matmul__") if not hasattr(operator, name)]
     if missing or isinstance(operator, Tensor):
         raise TypeError(
-            f"Expected a fisherlens.Fisher, one of its approximations, or fl.Operator(matvec, n, dtype, device); got {type(operator).__name__}. "
-            "A matrix A enters as fl.Operator(lambda v: A @ v, len(A), A.dtype, A.device, block=True)."
+            f"Expected a fisherlens.Fisher, one of its approximations, or fl.Operator(matvec, n, dtype, device); got {type(operator).__name__}. Of a model, build "
+            "the operator first: F = fl.Fisher(model, data, likelihood=...). A matrix A enters as fl.Operator(lambda v: A @ v, len(A), A.dtype, A.device, block=True)."
         )
     n = int(operator.shape[0])
     psd = bool(getattr(operator, "psd", True))  # approximations of a Fisher are semi-definite
