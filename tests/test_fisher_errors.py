@@ -454,7 +454,9 @@ def test_unknown_layers():
 def test_analyses_take_operators():
     model = case("mlp_tanh").model
     for act in (fl.spectrum, fl.coupling, fl.independence, fl.information, lambda m: fl.BlockDiagonal(m, "layer")):
-        with pytest.raises(TypeError, match=r"(takes|Expected) a fisherlens\.Fisher.* got Sequential.*F = fl\.Fisher\("):
+        with pytest.raises(
+            TypeError, match=r"(takes|Expected) a fisherlens\.Fisher.* got Sequential.*F = fl\.Fisher\("
+        ):
             act(model)
 
 
