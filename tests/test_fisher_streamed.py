@@ -41,6 +41,7 @@ def of_path(c, path: str, **options) -> fl.Fisher:
     """Built in too small a budget, which is taken to hold the graph of the network or not."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fisherlens.scores.plan._GRAPHS", 1e-9 if path == "linearised" else 1e9)
+        patch.setattr("fisherlens.scores.plan._SLOW_TWICE", frozenset())
         F = c.fisher(memory=small_budget(c), **options)
     assert {entry.path for entry in F.plan} == {path}
     return F

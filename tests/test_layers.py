@@ -62,6 +62,7 @@ def not_kept(name: str, path: str, kind: str = "exact") -> fl.Fisher:
     """Built in the largest budget that does not hold the scores; ``path`` says whether it is taken to hold the graph."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fisherlens.scores.plan._GRAPHS", 1e-9 if path == "linearised" else 1e9)
+        patch.setattr("fisherlens.scores.plan._SLOW_TWICE", frozenset())
         budget = fisher(name, kind).plan.nbytes
         F = fisher(name, kind, memory=budget)
         while not (F.plan.streamed or F.plan.linearised):
@@ -156,6 +157,7 @@ def test_likelihoods_where_scores_are_not_kept(form, kind, path):
     batches = [tuple(t[at] for t in data) for at in (slice(3), slice(3, 7))]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fisherlens.scores.plan._GRAPHS", 1e-9 if path == "linearised" else 1e9)
+        patch.setattr("fisherlens.scores.plan._SLOW_TWICE", frozenset())
         options = {"likelihood": likelihood, "kind": kind, "mc_samples": DRAWS, "seed": SEED}
         budget = fl.Fisher(model, batches, **options).plan.nbytes // 3
         F = fl.Fisher(model, batches, memory=budget, **options)

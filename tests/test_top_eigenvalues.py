@@ -116,6 +116,7 @@ def test_every_path_of_the_scores(monkeypatch):
     held = fl.Fisher(model, batches, likelihood=likelihood).plan.nbytes
     for memory, graphs in (("2GiB", 1), (held // 3, 1e-9), (held // 3, 1e9)):
         monkeypatch.setattr("fisherlens.scores.plan._GRAPHS", graphs)  # whether the graph of the network fits
+        monkeypatch.setattr("fisherlens.scores.plan._SLOW_TWICE", frozenset())
         F = fl.Fisher(model, batches, likelihood=likelihood, memory=memory)
         paths |= {entry.path for entry in F.plan}
         for method in ("auto", "lanczos"):

@@ -85,7 +85,7 @@ def capture(
             matrix_type = None
             if plan.streamed or plan.linearised:
                 plan, matrix_type = settle_products(collector, plan, sizes, sample, budget)
-            collector.prepare(plan, budget)
+            collector.prepare(plan, budget, source.sizes)
             try:
                 return _first_pass(collector, source, matrix_type, seed, budget, progress)
             except (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -106,29 +106,34 @@ class Collector:
             raise InputError(f"targets are None, but {why}. Give data as (inputs, targets), or use kind='exact'.")
         return self.likelihood.bind(outputs, batch.targets, batch.where, at)
 
-    def prepare(self, plan: Plan, budget: int) -> None:
-        """Take the plan; from now on pieces can be collected."""
+    def prepare(self, plan: Plan, budget: int, batches: Sequence[int]) -> None:
+        """Take the plan, and the sizes of the batches; from now on pieces can be collected."""
         self.plan = plan
         ruleless = [layer for layer in self.layout.layers if plan[layer.name].storage == "per example"]
         self._per_example = PerExample(self.recorder, ruleless) if ruleless else None
         self._workspace = Workspace(limit=budget // 4)
-        self.step = self._piece_size(budget)
+        self.step = self._piece_size(budget, max(batches))
 
-    def _piece_size(self, budget: int) -> int:
+    def _piece_size(self, budget: int, n: int) -> int:
         """Examples per piece such that the graph and the score buffers stay under 192 MiB and an eighth of the budget.
 
         Where no scores are kept, those of a piece are in its size too, and it may take half of the budget. Also tells the plan what the
         largest piece adds to what is kept.
         """
-        n = self.plan.n_data
         per_example, share = max(1, self.graph_bytes + self._buffer_bytes()), budget // 8
         if not self.plan.kept:
-            per_example, share = per_example + self.plan.scores_nbytes // n, max(budget // 2, _LINEAR)
+            per_example, share = per_example + self.plan.scores_nbytes // self.plan.n_data, max(budget // 2, _LINEAR)
         step = max(1, min(4096, min(share, _TRANSIENT) // per_example))
-        # the mean gradient and that of the witness are summed in float64, from a gradient and a product in the dtype of the scores
-        gradients = 2 * (8 + self.like.dtype.itemsize) * self.layout.n_params
-        linear = 0 if self.plan.kept else 3 * min(self.linear_step(1), n) * self.graph_bytes
-        self.plan.transient_nbytes = max(min(step, n) * per_example, linear) + gradients
+        p, size = self.layout.n_params, self.like.dtype.itemsize
+        if self.plan.kept:
+            # the mean gradient and that of the witness are summed in float64, from a gradient and a product in the dtype of the scores
+            self.plan.transient_nbytes = min(step, n) * per_example + 2 * (8 + size) * p
+        else:
+            # a product of one vector: that of the parameters, frozen and flat, of gradient, question, tangents, gradients and answer,
+            # and the float64 sum of several pieces
+            graphs = 0 if self.plan.linearised else 2 * min(self.linear_step(1), n) * self.graph_bytes
+            several = self.plan.streamed and min(self.linear_step(1), n) < self.plan.n_data
+            self.plan.transient_nbytes = graphs + (7 * size + (24 if several and size < 8 else 0)) * p
         return step
 
     def _buffer_bytes(self) -> int:

@@ -110,7 +110,10 @@ class DenseScores(LayerScores):
             each = h.view(k, m * t, d_o)
             if weight is not None:
                 inputs = a[i : i + m].reshape(m * t, self.d_i).expand(k, -1, -1)
-                torch.baddbmm(weight, each.mT, inputs, beta=float(i > 0), out=weight)
+                if i == 0:
+                    torch.bmm(each.mT, inputs, out=weight)
+                else:
+                    torch.baddbmm(weight, each.mT, inputs, out=weight)
             if self.layer.bias:
                 bias.copy_(each.sum(1)) if i == 0 else bias.add_(each.sum(1))
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Vectors that one linearised pass takes at most: each adds its own activations to those of the graph (our choice).
 _TOGETHER = 8
+# Examples in a piece below which collecting its scores does not pay (our choice).
+_PIECE = 8
 
 
 class Stream:
@@ -154,8 +156,11 @@ class StreamedMatrix(ScoreMatrix):
     def _linear(self, vectors: int) -> bool:
         """Whether vectors cost less through the linearised network than through the scores of each piece.
 
-        In gradients: 1/3 + K against (1 + R)/3 + 2K/3 with scores; 4K/3 where the graph is kept.
+        In gradients: 1/3 + K against (1 + R)/3 + 2K/3 with scores; 4K/3 where the graph is kept. Scores that fit for a few examples
+        only are a pass over all parameters for each of these.
         """
+        if self.collector.step < min(_PIECE, self.n):
+            return True
         return 4 * vectors <= 1 + self.r + 2 * vectors if self._graphs else vectors <= self.r
 
     def parts(self) -> Iterator[tuple[slice, ScoreMatrix]]:
