@@ -228,16 +228,24 @@ class Fisher:
 
     def __matmul__(self, v: Vector) -> Vector:
         """F v for a flat ``(P,)``, a block ``(P, K)`` or a dict name → tensor; the answer has the form of the question."""
-        return self._answer(v, self._product)
+        return self._answer(v, self._product, self._checked_product if self.plan.kept else None)
 
     def _product(self, v: Tensor) -> Tensor:
         return self.scores.product(v, 1 / self.total_weight)
 
-    def _answer(self, v: Vector, function: Callable[[Tensor], Tensor]) -> Vector:
-        """Apply a map of ``(P, K)`` to a vector in any of its three forms."""
+    def _checked_product(self, v: Tensor) -> tuple[Tensor, bool]:
+        return self.scores.checked_product(v, 1 / self.total_weight)
+
+    def _answer(
+        self,
+        v: Vector,
+        function: Callable[[Tensor], Tensor],
+        checked: Callable[[Tensor], tuple[Tensor, bool]] | None = None,
+    ) -> Vector:
+        """Apply a map of ``(P, K)`` to a vector in any of its three forms; ``checked`` also tells whether all is finite for certain."""
         if isinstance(v, Mapping):
             flat = self.layout.flatten(v)
-            return self.layout.unflatten(self._answer(flat, function))
+            return self.layout.unflatten(self._answer(flat, function, checked))
         if not isinstance(v, Tensor):
             raise TypeError(
                 f"A vector must be a tensor or a dict name → tensor; got {type(v).__name__}. Use torch.as_tensor(v)."
@@ -253,6 +261,10 @@ class Fisher:
                 f"F @ v takes v of dtype {self.dtype} on {self.device}; got {v.dtype} on {v.device}. Convert it: v.to(F.device, F.dtype)."
             )
         v = v.detach()
+        if checked is not None and v.numel():
+            answer, certain = checked(v if v.ndim == 2 else v[:, None])
+            if certain:
+                return answer if v.ndim == 2 else answer[:, 0]
         # one sum is a cheap first look; only where it overflows does every entry get looked at
         if not torch.isfinite(v.sum()) and not torch.isfinite(v).all():
             raise NonFiniteError(

@@ -65,6 +65,8 @@ class LayerScores(ABC):
     device: torch.device
     workspace: Workspace = Workspace(limit=0)  # keeps nothing; a ScoreMatrix gives its layers a shared one
 
+    #: whether NaN or infinity in v always shows in U_l v
+    spreads: bool = True
     #: numbers per example and vector that a half-product holds on its way
     width: int = 1
 
@@ -87,6 +89,10 @@ class LayerScores(ABC):
     @abstractmethod
     def matmat(self, v: Tensor) -> Tensor:
         """``(p, K)`` → ``(rows, K)``: U_l V."""
+
+    @abstractmethod
+    def largest(self) -> float:
+        """A bound: no entry of U_l is larger."""
 
     @abstractmethod
     def part(self, at: slice) -> LayerScores:

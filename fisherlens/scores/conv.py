@@ -128,6 +128,9 @@ class ConvScores(LayerScores):
         self.n_weight = self.d_o * self.d_i if layer.weight else 0
         self.width = self.t * self.d_o
 
+    def largest(self) -> float:
+        return self.t * self.g.abs().max().item() * max(1.0, self.x.abs().max().item())
+
     def part(self, at: slice) -> ConvScores:
         g = self.g[at]
         return ConvScores(self.layer, self.geometry, self.x[at], g.view(*g.shape[:3], *self.positions))

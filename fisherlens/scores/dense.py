@@ -41,6 +41,9 @@ class DenseScores(LayerScores):
         self.n_weight = self.d_o * self.d_i if layer.weight else 0
         self.width = self.t * self.d_o
 
+    def largest(self) -> float:
+        return self.t * self.g.abs().max().item() * max(1.0, self.a.abs().max().item())
+
     def part(self, at: slice) -> DenseScores:
         return DenseScores(self.layer, self.a[at], self.g[at])
 

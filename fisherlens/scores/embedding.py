@@ -42,6 +42,7 @@ class EmbeddingScores(LayerScores):
     """
 
     path = "factors"
+    spreads = False  # rows that no example reads do not take part
 
     def __init__(self, layer: LayerInfo, index: Tensor, outputs: Tensor):
         self.layer, self.index, self.g = layer, index, outputs
@@ -49,6 +50,9 @@ class EmbeddingScores(LayerScores):
         self.num_rows = layer.size // self.d
         self.width = self.t * self.d
         self.dtype, self.device = outputs.dtype, outputs.device
+
+    def largest(self) -> float:
+        return self.t * self.g.abs().max().item()
 
     def part(self, at: slice) -> EmbeddingScores:
         return EmbeddingScores(self.layer, self.index[at], self.g[at])

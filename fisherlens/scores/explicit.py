@@ -30,6 +30,9 @@ class ExplicitScores(LayerScores):
         stops = list(accumulate(piece.shape[1] for piece in pieces))
         self.slices = [slice(stop - piece.shape[1], stop) for stop, piece in zip(stops, pieces, strict=True)]
 
+    def largest(self) -> float:
+        return max((torch.linalg.vector_norm(piece, ord=float("inf")).item() for piece in self.pieces), default=0.0)
+
     def part(self, at: slice) -> ExplicitScores:
         rows = slice(at.start * self.r, at.stop * self.r)
         return ExplicitScores(self.layer, [piece[rows] for piece in self.pieces], self.r)
@@ -81,9 +84,13 @@ class ZeroScores(LayerScores):
     """A layer that was never called: all its scores are zero, and nothing is kept."""
 
     path = "explicit"
+    spreads = False
 
     def __init__(self, layer: LayerInfo, n: int, r: int, dtype: torch.dtype, device: torch.device):
         self.layer, self.n, self.r, self.dtype, self.device = layer, n, r, dtype, device
+
+    def largest(self) -> float:
+        return 0.0
 
     def part(self, at: slice) -> ZeroScores:
         return ZeroScores(self.layer, at.stop - at.start, self.r, self.dtype, self.device)

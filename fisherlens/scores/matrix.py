@@ -82,6 +82,20 @@ class ScoreMatrix:
         """UᵀU V times a scale, ``(P, K)``."""
         return self.rmatmat(self.matmat(v).mul_(scale))
 
+    @cached_property
+    def _largest(self) -> float:
+        return max(layer.largest() for layer in self.layers)
+
+    def checked_product(self, v: Tensor, scale: float = 1.0) -> tuple[Tensor, bool]:
+        """The product, and whether it is finite for certain: then so is V, and no sum of U's entries times those of U V can overflow.
+
+        This looks at U V, which is short, where question and answer have an entry per parameter.
+        """
+        z = self.matmat(v).mul_(scale)
+        bound = z.abs().sum(dtype=torch.float64).item() * self._largest
+        certain = bound < torch.finfo(self.dtype).max / 2 and all(layer.spreads for layer in self.layers)
+        return self.rmatmat(z), certain
+
     def layer_gram(self, name: str) -> Tensor:
         """U_l U_lᵀ over all rows, computed once and kept."""
         if name not in self._grams:

@@ -67,6 +67,9 @@ class StreamedLayer(LayerScores):
     def matmat(self, v: Tensor) -> Tensor:
         return torch.cat(list(self._each(lambda part, rows: part.matmat(v))))
 
+    def largest(self) -> float:
+        return float("inf")  # not known without a pass over the data
+
     def part(self, at: slice) -> LayerScores:
         raise NotImplementedError("streamed scores come in the pieces of their data")
 
@@ -189,6 +192,9 @@ class StreamedMatrix(ScoreMatrix):
                     total.add(gradient)
         rows = [torch.cat([_flat(total.value()) for total in sums], dim=1) for sums in totals]
         return torch.cat(rows).to(self.dtype).mul_(scale).T
+
+    def checked_product(self, v: Tensor, scale: float = 1.0) -> tuple[Tensor, bool]:
+        return self.product(v, scale), False
 
     def diagonal(self) -> Tensor:
         return self._total(scores.diagonal() for _, scores in self.parts())
