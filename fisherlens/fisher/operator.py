@@ -261,10 +261,12 @@ class Fisher:
                 f"F @ v takes v of dtype {self.dtype} on {self.device}; got {v.dtype} on {v.device}. Convert it: v.to(F.device, F.dtype)."
             )
         v = v.detach()
+        answer = None
         if checked is not None and v.numel():
             answer, certain = checked(v if v.ndim == 2 else v[:, None])
+            answer = answer if v.ndim == 2 else answer[:, 0]
             if certain:
-                return answer if v.ndim == 2 else answer[:, 0]
+                return answer
         # one sum is a cheap first look; only where it overflows does every entry get looked at
         if not torch.isfinite(v.sum()) and not torch.isfinite(v).all():
             raise NonFiniteError(
@@ -272,7 +274,8 @@ class Fisher:
             )
         if v.ndim == 2 and not v.shape[1]:
             return v.clone()
-        answer = function(v) if v.ndim == 2 else function(v[:, None])[:, 0]
+        if answer is None:
+            answer = function(v) if v.ndim == 2 else function(v[:, None])[:, 0]
         return finite(answer, "The product or solve with this vector", self.dtype)
 
     def diagonal(self) -> Tensor:
