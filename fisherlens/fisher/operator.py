@@ -261,22 +261,21 @@ class Fisher:
                 f"F @ v takes v of dtype {self.dtype} on {self.device}; got {v.dtype} on {v.device}. Convert it: v.to(F.device, F.dtype)."
             )
         v = v.detach()
-        answer = None
-        if checked is not None and v.numel():
-            answer, certain = checked(v if v.ndim == 2 else v[:, None])
-            answer = answer if v.ndim == 2 else answer[:, 0]
-            if certain:
-                return answer
+        block = v if v.ndim == 2 else v[:, None]
+        if not block.shape[1]:
+            return v.clone()
+        answer, certain = (None, False) if checked is None else checked(block)
+        if certain:
+            return answer if v.ndim == 2 else answer[:, 0]
         # one sum is a cheap first look; only where it overflows does every entry get looked at
         if not torch.isfinite(v.sum()) and not torch.isfinite(v).all():
             raise NonFiniteError(
                 "The vector handed to F holds NaN or infinity, and so would the product. Look at where it was computed."
             )
-        if v.ndim == 2 and not v.shape[1]:
-            return v.clone()
         if answer is None:
-            answer = function(v) if v.ndim == 2 else function(v[:, None])[:, 0]
-        return finite(answer, "The product or solve with this vector", self.dtype)
+            answer = function(block)
+        finite(answer, "The product or solve with this vector", self.dtype)
+        return answer if v.ndim == 2 else answer[:, 0]
 
     def diagonal(self) -> Tensor:
         """Diagonal of F, flat ``(P,)``, exact and without the matrix."""

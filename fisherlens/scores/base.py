@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -33,6 +33,14 @@ class Total:
         else:
             self._value = self._value.double()
             self._value += x.double()  # faster than a sum of two dtypes
+
+    @classmethod
+    def of(cls, terms: Iterable[Tensor]) -> Tensor:
+        """The sum of tensors that nobody else writes to."""
+        total = cls()
+        for term in terms:
+            total.add(term)
+        return total.value()
 
     def value(self) -> Tensor:
         """The sum, in the dtype of its terms."""
@@ -111,10 +119,7 @@ class LayerScores(ABC):
 
     def _summed(self, function: Callable[[LayerScores], Tensor]) -> Tensor:
         """Sum over the parts, in float64 where there are several."""
-        total = Total()
-        for _, part in self._parts():
-            total.add(function(part))
-        return total.value()
+        return Total.of(function(part) for _, part in self._parts())
 
     def rmatmat(self, z: Tensor, out: Tensor) -> None:
         """Write U_lᵀ Z, for Z ``(rows, K)``, into ``out`` of shape ``(K, p)`` (its transpose)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -74,15 +74,12 @@ class StreamedLayer(LayerScores):
         raise NotImplementedError("streamed scores come in the pieces of their data")
 
     def rmatmat(self, z: Tensor, out: Tensor) -> None:
-        total, buffer = torch.zeros_like(out, dtype=torch.float64), torch.empty_like(out)
-
-        def add(part: LayerScores, rows: slice) -> Tensor:
+        def half(part: LayerScores, rows: slice) -> Tensor:
+            buffer = torch.empty_like(out)
             part.rmatmat(z[rows].contiguous(), buffer)
-            return total.add_(buffer)
+            return buffer
 
-        for _ in self._each(add):
-            pass
-        out.copy_(total)
+        out.copy_(Total.of(self._each(half)))
 
     def _rmatmat(self, z: Tensor, out: Tensor) -> None:
         self.rmatmat(z, out)
@@ -103,13 +100,13 @@ class StreamedLayer(LayerScores):
         return out
 
     def diagonal(self) -> Tensor:
-        return sum(self._each(lambda part, rows: part.diagonal().double())).to(self.dtype)
+        return Total.of(self._each(lambda part, rows: part.diagonal()))
 
     def trace(self) -> Tensor:
-        return sum(self._each(lambda part, rows: part.trace()))
+        return Total.of(self._each(lambda part, rows: part.trace()))
 
     def moments(self, index: Tensor) -> Tensor:
-        return sum(self._each(lambda part, rows: part.moments(index).double())).to(self.dtype)
+        return Total.of(self._each(lambda part, rows: part.moments(index)))
 
     def contract(self, coefficients: Tensor) -> LayerScores:
         raise MemoryBudgetError(
@@ -178,12 +175,12 @@ class StreamedMatrix(ScoreMatrix):
         return torch.cat(images, dim=1).flatten(1).T.contiguous()
 
     def rmatmat(self, z: Tensor) -> Tensor:
-        return self._total(scores.rmatmat(z[rows].contiguous()).T for rows, scores in self.parts()).T
+        return Total.of(scores.rmatmat(z[rows].contiguous()).T for rows, scores in self.parts()).T
 
     def product(self, v: Tensor, scale: float = 1.0) -> Tensor:
         """UᵀU V in one pass over the data; sums over pieces in float64."""
         if not self._linear(v.shape[1]):
-            return self._total(scores.product(v, scale).T for _, scores in self.parts()).T
+            return Total.of(scores.product(v, scale).T for _, scores in self.parts()).T
         groups = self._tangents(v)
         totals = [[Total() for _ in group] for group in groups]
         for piece in self._linear_pieces(groups):
@@ -197,19 +194,13 @@ class StreamedMatrix(ScoreMatrix):
         return self.product(v, scale), False
 
     def diagonal(self) -> Tensor:
-        return self._total(scores.diagonal() for _, scores in self.parts())
+        return Total.of(scores.diagonal() for _, scores in self.parts())
 
     def trace(self) -> Tensor:
-        return self._total(scores.trace() for _, scores in self.parts())
+        return Total.of(scores.trace() for _, scores in self.parts())
 
     def dense(self, index: Tensor | None = None) -> Tensor:
-        return self._total(scores.dense(index) for _, scores in self.parts())
-
-    def _total(self, terms: Iterable[Tensor]) -> Tensor:
-        total = Total()
-        for term in terms:
-            total.add(term)
-        return total.value()
+        return Total.of(scores.dense(index) for _, scores in self.parts())
 
     def columns(self, index: Tensor) -> Tensor:
         return torch.cat([scores.columns(index) for _, scores in self.parts()])

@@ -10,7 +10,7 @@ import torch
 
 from fisherlens.fisher import check_damping
 from fisherlens.spectrum.bootstrap import bootstrap_functions, check_replicates
-from fisherlens.spectrum.intervals import check_confidence, check_count, student_interval
+from fisherlens.spectrum.intervals import check_confidence, check_probing, student_interval
 from fisherlens.spectrum.moments import integrate
 from fisherlens.spectrum.rules import Quadrature
 from fisherlens.spectrum.sources import of_operator, of_result, require_semidefinite
@@ -121,10 +121,7 @@ def log_of(values: np.ndarray, damping: float) -> np.ndarray:
 
 
 def _options(num_probes: Any, num_matvecs: Any, deflate: Any, seed: Any, confidence: Any) -> dict[str, int]:
-    check_count("num_probes", num_probes, 1, "the random probes of an estimate")
-    check_count("num_matvecs", num_matvecs, 2, "the Lanczos steps of each probe")
-    check_count("deflate", deflate, 0, "the leading eigenpairs that are found first")
-    check_count("seed", seed, 0, "of the probes")
+    check_probing(num_probes, num_matvecs, deflate, seed)
     check_confidence(confidence)
     return {"num_probes": num_probes, "num_matvecs": num_matvecs, "deflate": deflate, "seed": seed}
 

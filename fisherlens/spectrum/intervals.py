@@ -16,6 +16,14 @@ def check_count(name: str, value: Any, least: int, meaning: str) -> int:
     return value
 
 
+def check_probing(num_probes: Any, num_matvecs: Any, deflate: Any, seed: Any) -> None:
+    """Refuse options of Lanczos quadrature that are out of range."""
+    check_count("num_probes", num_probes, 1, "the random probes of an estimate")
+    check_count("num_matvecs", num_matvecs, 2, "the Lanczos steps of each probe")
+    check_count("deflate", deflate, 0, "the leading eigenpairs that are found first")
+    check_count("seed", seed, 0, "of the probes")
+
+
 def check_confidence(value: Any) -> float:
     """Refuse what is no confidence level."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1:

@@ -16,7 +16,7 @@ from fisherlens.partitions import partition as make_partition
 from fisherlens.results import make_dataset
 from fisherlens.spectrum.bootstrap import bootstrap_functions, check_replicates
 from fisherlens.spectrum.complete import WHOLE, spectrum
-from fisherlens.spectrum.intervals import check_confidence, check_count
+from fisherlens.spectrum.intervals import check_confidence, check_probing
 from fisherlens.spectrum.moments import Sampled, sample
 from fisherlens.spectrum.operators import as_symmetric
 from fisherlens.spectrum.quantities import COLUMN_WORDS, COLUMNS, DAMPED, WORDS, Table, functionals
@@ -187,10 +187,7 @@ def _check(F: Any, damping: Any, request: _Request, bootstrap: Any, confidence: 
     if request.method not in METHODS:
         hint = errors.nearest(str(request.method), METHODS)
         raise InputError(errors.UNKNOWN_NAME.format(what="method", name=request.method, hint=hint))
-    check_count("num_probes", request.num_probes, 1, "the random probes of an estimate")
-    check_count("num_matvecs", request.num_matvecs, 2, "the Lanczos steps of each probe")
-    check_count("deflate", request.deflate, 0, "the leading eigenpairs that are found first")
-    check_count("seed", request.seed, 0, "of the probes")
+    check_probing(request.num_probes, request.num_matvecs, request.deflate, request.seed)
     check_replicates(bootstrap)
     check_confidence(confidence)
     if damping is None:
