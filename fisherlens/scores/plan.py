@@ -252,7 +252,8 @@ def _facts(
         return {"rows": _Candidate("none", 0, 0.0)}, 0, 0.0
     if layer.kind == "norm":
         per_example = uses[0].inputs[0].numel() * len(uses)
-        return {"rows": rows}, max(1, per_example // layer.size), 8.0 * n * per_example
+        each = layer.size // len(layer.parameters)  # scale and shift are of one size
+        return {"rows": rows}, max(1, per_example // each), 8.0 * n * per_example
     if layer.kind == "embedding":
         d = uses[0].output_shape[-1]
         t = sum(math.prod(use.output_shape[1:-1]) for use in uses)
