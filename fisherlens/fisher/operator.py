@@ -169,6 +169,7 @@ class Fisher:
         self.origins: tuple[int, ...] = tuple(layer.start for layer in self.layout.layers)
         self.solver = Solver(self.scores, self.total_weight)
         self.parameters = found.parameters
+        self.replay = found.replay
 
     # --- facts -------------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from fisherlens.scores.collector import Collector, require_finite_scores
 from fisherlens.scores.matrix import ScoreMatrix
 from fisherlens.scores.plan import Plan, Sizes, make_plan
 from fisherlens.scores.recorder import Recorder, Unexplained, leaf_gradients, preserved_randomness
+from fisherlens.scores.replay import Replay
 from fisherlens.scores.source import Batch, Source
 from fisherlens.scores.streamed import StreamedMatrix
 from fisherlens.scores.tangents import settle_products
@@ -35,6 +36,7 @@ class Capture:
     ``gradient`` is the mean gradient of the negative log-likelihood and ``gradient_coefficients`` (rows,) its row-space form
     W g = Uᵀ d; both are None where targets are missing, the second also for sampled labels.
     ``bound`` is the likelihood at the outputs of each batch, from which labels can be drawn again; empty where scores are not kept.
+    ``replay`` is the pass once more, for the inputs and output scores of layers that are kept as something else.
     """
 
     layout: Layout
@@ -47,6 +49,7 @@ class Capture:
     gradient_coefficients: Tensor | None
     bound: list[BoundLikelihood]
     parameters: Tensor
+    replay: Replay
 
 
 def capture(
@@ -169,6 +172,8 @@ def _first_pass(
         matrix = ScoreMatrix([writer.scores() for writer in writers.values()], mask)
         require_finite_scores(matrix)
         witness.require(matrix, gradient)
+    leaves = collector.recorder.leaves()
+    parameters = torch.cat([leaf.detach().reshape(-1).to(like.dtype) for leaf in leaves.values()]).clone()
     return Capture(
         collector.layout,
         plan,
@@ -179,5 +184,6 @@ def _first_pass(
         (gradient / total).to(like.dtype) if labelled else None,
         torch.cat(coefficients).reshape(-1) if in_row_space else None,
         bounds,
-        torch.cat([leaf.detach().reshape(-1).to(like.dtype) for leaf in collector.recorder.leaves().values()]).clone(),
+        parameters,
+        Replay(collector, source, seed, parameters, weight.double().sum(1)),
     )

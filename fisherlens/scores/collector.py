@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -155,6 +155,14 @@ class Collector:
                         positions = math.prod(use.output_shape[2:])
                         patches += inputs + use.inputs.shape[1] * kernel * positions
         return size * (buffers + patches + 3 * largest)
+
+    def rest(self) -> None:
+        """Let go of the graph of the sample and of idle buffers: what is left can collect again."""
+        self.uses = {
+            name: [replace(use, inputs=use.inputs.detach(), edge=None) for use in found]
+            for name, found in self.uses.items()
+        }
+        self._workspace = Workspace(limit=self._workspace.limit)
 
     def linear_step(self, vectors: int) -> int:
         """Examples per piece where no scores are collected: the graph, and as many derivatives as there are vectors."""

@@ -1,0 +1,205 @@
+"""Kronecker products of two small symmetric matrices, one or a batch: products, damped solves, determinants, never the product itself.
+
+A matrix W of shape ``(d_o, d_i)`` stands for the vector vec(W), row-major, so that (G ⊗ A) vec(W) = vec(G W Aᵀ). In a batch of B
+pairs W has shape ``(..., B, d_o, d_i)``; leading axes are further vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fisherlens.linalg.dense import damped_cholesky, eigenpairs
+
+
+def factored_damping(A: Tensor, G: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    r"""How much damping each factor takes where both are damped apart, ``(G + γ_g I) ⊗ (A + γ_a I)``.
+
+    .. math:: \gamma_a = \pi \sqrt\lambda, \quad \gamma_g = \sqrt\lambda / \pi, \quad
+       \pi^2 = \frac{\mathrm{tr} A / d_i}{\mathrm{tr} G / d_o}
+
+    Parameters
+    ----------
+    A, G
+        The factors, ``(..., d_i, d_i)`` and ``(..., d_o, d_o)``.
+    damping
+        λ > 0.
+
+    Returns
+    -------
+    γ_a and γ_g, float64 of shape ``(...)``; π = 1 where a trace is zero.
+
+    Notes
+    -----
+    Source: Martens and Grosse (2015), section 6.3.
+    """
+    mean_a = A.diagonal(dim1=-2, dim2=-1).double().mean(-1)
+    mean_g = G.diagonal(dim1=-2, dim2=-1).double().mean(-1)
+    usual = (mean_a > 0) & (mean_g > 0)
+    pi = (mean_a.where(usual, 1.0).log() / 2 - mean_g.where(usual, 1.0).log() / 2).exp()
+    root = math.sqrt(damping)
+    return pi * root, root / pi
+
+
+class KroneckerPair:
+    """G ⊗ A, symmetric and positive semi-definite; a batch of B of them where the factors have a leading axis.
+
+    Parameters
+    ----------
+    G
+        Left factor, ``(d_o, d_o)`` or ``(B, d_o, d_o)``.
+    A
+        Right factor, ``(d_i, d_i)`` or ``(B, d_i, d_i)``.
+    what
+        What messages call it.
+    """
+
+    def __init__(self, G: Tensor, A: Tensor, what: str = "A Kronecker pair"):
+        self.G, self.A, self.what = G, A, what
+        self.d_o, self.d_i = G.shape[-1], A.shape[-1]
+        self._factors: tuple[float, Tensor, Tensor] | None = None
+
+    @property
+    def entries(self) -> int:
+        """Numbers that the two factors hold."""
+        return self.G.numel() + self.A.numel()
+
+    @property
+    def count(self) -> int:
+        """Pairs in the batch."""
+        return self.G.shape[0] if self.G.ndim == 3 else 1
+
+    @cached_property
+    def eigen(self) -> RotatedDiagonal:
+        """The same matrix in the eigenbases of its factors, float64; eigenvalues below zero are rounding and become 0."""
+        (g, q_g), (a, q_a) = eigenpairs(self.G, f"{self.what}: factor G"), eigenpairs(self.A, f"{self.what}: factor A")
+        return RotatedDiagonal(q_g, q_a, g.clamp(min=0)[..., :, None] * a.clamp(min=0)[..., None, :])
+
+    def product(self, w: Tensor) -> Tensor:
+        """G W A."""
+        return self.G @ w @ self.A
+
+    def damped_product(self, w: Tensor, damping: float, form: str = "exact") -> Tensor:
+        """What :meth:`solve` inverts: G W A + λW, or (G + γ_g) W (A + γ_a) for the factored form."""
+        if form == "exact":
+            return self.product(w) + damping * w
+        gamma_a, gamma_g = (x.to(w.dtype)[..., None, None] for x in factored_damping(self.A, self.G, damping))
+        left = self.G @ w + gamma_g * w
+        return left @ self.A + gamma_a * left
+
+    def _cholesky(self, damping: float) -> tuple[Tensor, Tensor]:
+        """Lower factors of G + γ_g and A + γ_a in float64, the last ones kept."""
+        if self._factors is None or self._factors[0] != damping:
+            gamma_a, gamma_g = factored_damping(self.A, self.G, damping)
+            self._factors = (
+                damping,
+                _shifted_cholesky(self.G, gamma_g, f"{self.what}: factor G"),
+                _shifted_cholesky(self.A, gamma_a, f"{self.what}: factor A"),
+            )
+        return self._factors[1:]
+
+    def solve(self, w: Tensor, damping: float, form: str = "exact") -> Tensor:
+        """(G ⊗ A + λI)⁻¹ W by two eigendecompositions, or (G + γ_g)⁻¹ W (A + γ_a)⁻¹ by two Cholesky factors; in float64."""
+        if form == "exact":
+            return self.eigen.solve(w, damping)
+        left, right = self._cholesky(damping)
+        half = torch.cholesky_solve(w.double(), left)
+        return torch.cholesky_solve(half.mT, right).mT.to(w.dtype)
+
+    def log_determinant(self, damping: float, form: str = "exact") -> float:
+        """Log det(I + G ⊗ A / λ), or that of (G + γ_g) ⊗ (A + γ_a) / λ, summed over the batch."""
+        if form == "exact":
+            return self.eigen.log_determinant(damping)
+        left, right = (
+            2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) for factor in self._cholesky(damping)
+        )  # log det of each factor
+        total = (self.d_i * left + self.d_o * right).sum().item()
+        return total - self.count * self.d_o * self.d_i * math.log(damping)
+
+    def squared_norm(self) -> float:
+        """‖G‖² ‖A‖², summed over the batch."""
+        return (_squared(self.G) * _squared(self.A)).sum().item()
+
+    def diagonal(self) -> Tensor:
+        """The diagonal as matrices, ``(B, d_o, d_i)``."""
+        return self.G.diagonal(dim1=-2, dim2=-1)[..., :, None] * self.A.diagonal(dim1=-2, dim2=-1)[..., None, :]
+
+    def dense(self) -> Tensor:
+        """The Kronecker products themselves, ``(B, d_o d_i, d_o d_i)``: for tests and small uses."""
+        return _kron(self.G, self.A)
+
+
+class RotatedDiagonal:
+    """(Q_G ⊗ Q_A) diag(S) (Q_G ⊗ Q_A)ᵀ with S ≥ 0, symmetric; a batch of B of them where the tensors have a leading axis.
+
+    Parameters
+    ----------
+    q_g, q_a
+        Orthogonal matrices, ``(B, d_o, d_o)`` and ``(B, d_i, d_i)``.
+    s
+        Eigenvalues, ``(B, d_o, d_i)``.
+    """
+
+    def __init__(self, q_g: Tensor, q_a: Tensor, s: Tensor):
+        self.q_g, self.q_a, self.s = q_g, q_a, s
+
+    @property
+    def entries(self) -> int:
+        """Numbers held."""
+        return self.q_g.numel() + self.q_a.numel() + self.s.numel()
+
+    def rotate(self, w: Tensor) -> Tensor:
+        """Q_Gᵀ W Q_A."""
+        return self.q_g.mT @ w @ self.q_a
+
+    def rotate_back(self, w: Tensor) -> Tensor:
+        """Q_G W Q_Aᵀ."""
+        return self.q_g @ w @ self.q_a.mT
+
+    def _apply(self, w: Tensor, by: Tensor) -> Tensor:
+        return self.rotate_back(self.rotate(w.to(self.s.dtype)) * by).to(w.dtype)
+
+    def product(self, w: Tensor) -> Tensor:
+        """The matrix times W."""
+        return self._apply(w, self.s)
+
+    def solve(self, w: Tensor, damping: float) -> Tensor:
+        """(The matrix + λI)⁻¹ W."""
+        return self._apply(w, 1 / (self.s + damping))
+
+    def log_determinant(self, damping: float) -> float:
+        """Log det(I + the matrix / λ), summed over the batch."""
+        return torch.log1p(self.s.double() / damping).sum().item()
+
+    def squared_norm(self) -> float:
+        """Squared Frobenius norm, summed over the batch."""
+        return _squared(self.s).sum().item()
+
+    def diagonal(self) -> Tensor:
+        """The diagonal as matrices, ``(B, d_o, d_i)``."""
+        return self.q_g.square() @ self.s @ self.q_a.square().mT
+
+    def dense(self) -> Tensor:
+        """The matrices themselves, ``(B, d_o d_i, d_o d_i)``: for tests and small uses."""
+        q = _kron(self.q_g, self.q_a)
+        return (q * self.s.flatten(-2)[..., None, :]) @ q.mT
+
+
+def _squared(matrix: Tensor) -> Tensor:
+    return matrix.double().square().sum((-2, -1))
+
+
+def _kron(left: Tensor, right: Tensor) -> Tensor:
+    both = left[..., :, None, :, None] * right[..., None, :, None, :]
+    return both.reshape(*left.shape[:-2], left.shape[-2] * right.shape[-2], left.shape[-1] * right.shape[-1])
+
+
+def _shifted_cholesky(matrix: Tensor, shift: Tensor, what: str) -> Tensor:
+    """Cholesky factors of M_b + shift_b I in float64 for a batch: the shift of each is its own."""
+    if matrix.ndim == 2:
+        return damped_cholesky(matrix, shift.item(), what)
+    factors = [damped_cholesky(one, own.item(), what) for one, own in zip(matrix, shift, strict=True)]
+    return torch.stack(factors)
