@@ -62,6 +62,7 @@ class NaturalGradient(torch.optim.Optimizer, ABC):
     # torch's GradScaler hands its scale over only to optimizers that say so; then it can be refused by name
     _step_supports_amp_scaling = True
     scalar_kinds: tuple[str, ...] = ()  # kinds of layers to which the method applies a rule without scores
+    momentum_of_directions = True  # False: the method applies momentum itself, to gradients
 
     def __init__(
         self,
@@ -112,6 +113,7 @@ class NaturalGradient(torch.optim.Optimizer, ABC):
         )
         # a model keeps no hooks of an optimizer that is gone
         weakref.finalize(self, remove_handles, self._tap.handles).atexit = False
+        self._schedule()
         left = [x for x in self.layout.layers if x not in self.covered and x.kind not in self.scalar_kinds]
         self._tell(texts.FALLBACK, [p.name for layer in left for p in layer.parameters])
 
@@ -147,10 +149,22 @@ class NaturalGradient(torch.optim.Optimizer, ABC):
 
     # --- statistics --------------------------------------------------------------------------------------------------
 
+    @property
+    def _needs_scores(self) -> bool:
+        """Whether statistics are made of scores; else the mean gradient is all that the method looks at."""
+        return True
+
+    def _schedule(self) -> None:
+        """Decide whether the coming step takes statistics in."""
+        self._due = self.diagnostics["steps"] % self.refresh == 0
+        self._tap.listening = self._due and self._needs_scores
+
     def _take(self, one: Pass) -> None:
         """Count a finished pass and hand it to the method."""
         self._check_moved()
-        examples = one.count_examples()
+        # a mean gradient is that of any number of examples, also where a reshape has folded an axis into them
+        counted = self._needs_scores or self.reduction == "sum"
+        examples = one.count_examples() if counted else 1
         self._seen.update(one.calls)
         if self.labels == "sampled" and self._tap.listening:
             if one.weight is None:
@@ -216,7 +230,7 @@ class NaturalGradient(torch.optim.Optimizer, ABC):
         finally:
             self._clear()
         self.diagnostics["steps"] += 1
-        self._tap.listening = self.diagnostics["steps"] % self.refresh == 0
+        self._schedule()
         return loss
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
@@ -263,21 +277,27 @@ class NaturalGradient(torch.optim.Optimizer, ABC):
         direction = gradient / (1 + options["damping"])  # the rule of what the method does not cover
         self._precondition(gradient, active - self._unseen(gradient, active), self._scale(), direction)
         self._require_finite(direction, texts.BAD_STEP)
-        if self._tap.listening:
+        if self._due:
             self.diagnostics["refreshes"] += 1
         if options["kl_clip"] is not None:
             self._clip(direction, gradient, options["lr"], options["kl_clip"])
-        if options["momentum"]:
-            previous = torch.zeros_like(direction) if self._previous is None else self._previous
-            direction.add_(previous, alpha=options["momentum"])
-            self._previous = direction.clone()
-            for layer in self.layout.layers:
-                if layer.name not in active:  # it does not move, so it keeps its direction
-                    self._previous[layer.start : layer.stop] = previous[layer.start : layer.stop]
+        if options["momentum"] and self.momentum_of_directions:
+            self._add_momentum(direction, active, options["momentum"])
         return direction
+
+    def _add_momentum(self, vector: Tensor, active: set[str], momentum: float) -> None:
+        """Add μ times the previous sum in place, and remember the new one; layers that do not move keep theirs."""
+        previous = torch.zeros_like(vector) if self._previous is None else self._previous
+        vector.add_(previous, alpha=momentum)
+        self._previous = vector.clone()
+        for layer in self.layout.layers:
+            if layer.name not in active:
+                self._previous[layer.start : layer.stop] = previous[layer.start : layer.stop]
 
     def _unseen(self, gradient: Tensor, active: set[str]) -> set[str]:
         """Find layers with a gradient that came past their module; a zero gradient needs no explanation."""
+        if not self._needs_scores:
+            return set()
         missing = [layer for layer in self.covered if layer.name in active and layer.name not in self._seen]
         missing = [layer for layer in missing if gradient[layer.start : layer.stop].any()]
         self._tell(texts.UNSEEN, [p.name for layer in missing for p in layer.parameters])
@@ -386,7 +406,7 @@ class NaturalGradient(torch.optim.Optimizer, ABC):
         self._previous = copied(own["previous"])
         self.diagnostics = dict(own["diagnostics"])
         self._generator.set_state(own["generator"].cpu())
-        self._tap.listening = self.diagnostics["steps"] % self.refresh == 0
+        self._schedule()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse further groups: the statistics belong to the parameters that the optimizer was built with."""
