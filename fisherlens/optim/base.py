@@ -62,6 +62,7 @@ class NaturalGradient(torch.optim.Optimizer, ABC):
     # torch's GradScaler hands its scale over only to optimizers that say so; then it can be refused by name
     _step_supports_amp_scaling = True
     scalar_kinds: tuple[str, ...] = ()  # kinds of layers to which the method applies a rule without scores
+    rest_rule = "gradient / (1 + damping)"  # of parameters without statistics, as the warnings put it
     momentum_of_directions = True  # False: the method applies momentum itself, to gradients
 
     def __init__(
@@ -274,7 +275,7 @@ class NaturalGradient(torch.optim.Optimizer, ABC):
         return float(self._examples) if self.reduction == "mean" else 1 / self._examples
 
     def _direction(self, gradient: Tensor, active: set[str], options: Mapping[str, Any]) -> Tensor:
-        direction = gradient / (1 + options["damping"])  # the rule of what the method does not cover
+        direction = self._rest(gradient, options["damping"])
         self._precondition(gradient, active - self._unseen(gradient, active), self._scale(), direction)
         self._require_finite(direction, texts.BAD_STEP)
         if self._due:
@@ -284,6 +285,10 @@ class NaturalGradient(torch.optim.Optimizer, ABC):
         if options["momentum"] and self.momentum_of_directions:
             self._add_momentum(direction, active, options["momentum"])
         return direction
+
+    def _rest(self, gradient: Tensor, damping: float) -> Tensor:
+        """Apply the rule for parameters without statistics, :attr:`rest_rule`; a new tensor."""
+        return gradient / (1 + damping)
 
     def _add_momentum(self, vector: Tensor, active: set[str], momentum: float) -> None:
         """Add μ times the previous sum in place, and remember the new one; layers that do not move keep theirs."""
@@ -360,7 +365,7 @@ class NaturalGradient(torch.optim.Optimizer, ABC):
         self._told.update(new)
         if new:
             shown = ", ".join(repr(name) for name in new)
-            warnings.warn(text.format(name=self.name, names=shown), NumericalWarning, stacklevel=4)
+            warnings.warn(text.format(name=self.name, names=shown, rule=self.rest_rule), NumericalWarning, stacklevel=4)
 
     # --- state -------------------------------------------------------------------------------------------------------
 

@@ -74,10 +74,9 @@ class _Hook:
         self._tap = (lambda: None) if tap is None else weakref.ref(tap)
         self._method, self._arguments = method, arguments
 
-    def __call__(self, *received: Any) -> None:
+    def __call__(self, *received: Any) -> Any:
         tap = self._tap()
-        if tap is not None:
-            getattr(tap, self._method)(*self._arguments, *received)
+        return None if tap is None else getattr(tap, self._method)(*self._arguments, *received)
 
     def __deepcopy__(self, memo: Any) -> _Hook:
         return _Hook()
@@ -110,6 +109,9 @@ class ScoreTap:
         False keeps no scores, only the number of examples.
     maps : dict
         Dense layer -> (C, H, W) flattened to feed it, or None, as its first forward pass showed.
+    weigh : WeakMethod or None
+        Called with layer, module, input and output of each call that records gradients; a tensor that it returns takes the
+        place of the output.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class ScoreTap:
     ):
         self.listening = True
         self.maps: dict[str, tuple[int, int, int] | None] = {}
+        self.weigh: weakref.WeakMethod | None = None
         self._receive_pass = weakref.WeakMethod(receive)
         self._likelihood, self._generator = likelihood, generator
         self._number, self._inside, self._sampling = 0, False, False
@@ -155,21 +158,27 @@ class ScoreTap:
             self._edges.clear()
             self._number += 1
 
-    def _record(self, layer: LayerInfo, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
+    def _record(
+        self, layer: LayerInfo, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
         if not output.requires_grad:
-            return
+            return None
         if any(getattr(module, leaf) is not parameter() for leaf, parameter in self._own[layer.name]):
-            return  # a functional call with other parameters: not what the optimizer moves
+            return None  # a functional call with other parameters: not what the optimizer moves
         if not self._inside and self._passes:
             self._begin()
         x = args[0] if args else next(iter(kwargs.values()))
         if layer.kind == "dense" and layer.name not in self.maps:
             self.maps[layer.name] = flattened_map(Use(module, x, x._version, None, output.shape))
+        weigh = None if self.weigh is None else self.weigh()
+        instead = None if weigh is None else weigh(layer, module, x, output)
+        output = output if instead is None else instead
         kept = x.detach()  # without history, but it shares the version counter
         call = Call(layer, self._number, Use(module, kept, kept._version, None, output.shape))
         if self._likelihood is not None and self._inside and self.listening:
             self._edges.append((call, get_gradient_edge(output)))
         output.register_hook(partial(self._receive, call))
+        return instead
 
     def _leave(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         inside, self._inside = self._inside, False

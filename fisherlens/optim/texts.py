@@ -14,11 +14,11 @@ MIXED = (
 )
 FALLBACK = (
     "{name} does not precondition {names}, as no layer of a known kind owns them alone; they move by "
-    "lr * gradient / (1 + damping), the rule for parameters without statistics. Freeze them to leave them as they are."
+    "lr * {rule}, the rule for parameters without statistics. Freeze them to leave them as they are."
 )
 UNSEEN = (
     "{name} saw a gradient of {names}, but no call of the module that owns them, as when a function uses its weight "
-    "directly; they move by lr * gradient / (1 + damping). Call the module itself, model.layer(x), to have them preconditioned."
+    "directly; they move by lr * {rule}. Call the module itself, model.layer(x), to have them preconditioned."
 )
 NO_STATISTICS = (
     "step() found no statistics: no backward pass has reached the model's layers since the last step (or since "
