@@ -80,15 +80,14 @@ class KroneckerPair:
 
     def product(self, w: Tensor) -> Tensor:
         """G W A."""
-        return self.G @ w @ self.A
+        return _two_sided(self.G, w, self.A)
 
     def damped_product(self, w: Tensor, damping: float, form: str = "exact") -> Tensor:
         """What :meth:`solve` inverts: G W A + λW, or (G + γ_g) W (A + γ_a) for the factored form."""
         if form == "exact":
             return self.product(w) + damping * w
-        gamma_a, gamma_g = (x.to(w.dtype)[..., None, None] for x in factored_damping(self.A, self.G, damping))
-        left = self.G @ w + gamma_g * w
-        return left @ self.A + gamma_a * left
+        gamma_a, gamma_g = factored_damping(self.A, self.G, damping)
+        return _two_sided(_shifted(self.G, gamma_g), w, _shifted(self.A, gamma_a))
 
     def _cholesky(self, damping: float) -> tuple[Tensor, Tensor]:
         """Lower factors of G + γ_g and A + γ_a in float64, the last ones kept."""
@@ -106,8 +105,8 @@ class KroneckerPair:
         if form == "exact":
             return self.eigen.solve(w, damping)
         left, right = self._cholesky(damping)
-        half = torch.cholesky_solve(w.double(), left)
-        return torch.cholesky_solve(half.mT, right).mT.to(w.dtype)
+        half = _solve_left(left, w.double())
+        return _solve_left(right, half.mT).mT.to(w.dtype)
 
     def log_determinant(self, damping: float, form: str = "exact") -> float:
         """Log det(I + G ⊗ A / λ), or that of (G + γ_g) ⊗ (A + γ_a) / λ, summed over the batch."""
@@ -153,11 +152,11 @@ class RotatedDiagonal:
 
     def rotate(self, w: Tensor) -> Tensor:
         """Q_Gᵀ W Q_A."""
-        return self.q_g.mT @ w @ self.q_a
+        return _two_sided(self.q_g.mT, w, self.q_a)
 
     def rotate_back(self, w: Tensor) -> Tensor:
         """Q_G W Q_Aᵀ."""
-        return self.q_g @ w @ self.q_a.mT
+        return _two_sided(self.q_g, w, self.q_a.mT)
 
     def _apply(self, w: Tensor, by: Tensor) -> Tensor:
         return self.rotate_back(self.rotate(w.to(self.s.dtype)) * by).to(w.dtype)
@@ -188,6 +187,28 @@ class RotatedDiagonal:
         return (q * self.s.flatten(-2)[..., None, :]) @ q.mT
 
 
+def _two_sided(left: Tensor, w: Tensor, right: Tensor) -> Tensor:
+    """L W R of every W: the vectors go into one matrix product per pair, where broadcasting would copy L and R for each."""
+    b = "b" if left.ndim == 3 else ""
+    half = torch.einsum(f"...{b}oi,{b}ij->...{b}oj", w, right)
+    return torch.einsum(f"{b}op,...{b}pj->...{b}oj", left, half)
+
+
+def _solve_left(factor: Tensor, w: Tensor) -> Tensor:
+    """(C Cᵀ)⁻¹ W of every W, the vectors as further columns."""
+    leading = w.ndim - factor.ndim
+    if not leading:
+        return torch.cholesky_solve(w, factor)
+    columns = w.flatten(0, leading - 1).movedim(0, -2)  # (B, d_o, K, d_i)
+    solved = torch.cholesky_solve(columns.flatten(-2), factor).unflatten(-1, columns.shape[-2:])
+    return solved.movedim(-2, 0).reshape(w.shape)
+
+
+def _shifted(matrix: Tensor, shift: Tensor) -> Tensor:
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    return matrix + shift.to(matrix.dtype)[..., None, None] * identity
+
+
 def _squared(matrix: Tensor) -> Tensor:
     return matrix.double().square().sum((-2, -1))
 
@@ -201,5 +222,4 @@ def _shifted_cholesky(matrix: Tensor, shift: Tensor, what: str) -> Tensor:
     """Cholesky factors of M_b + shift_b I in float64 for a batch: the shift of each is its own."""
     if matrix.ndim == 2:
         return damped_cholesky(matrix, shift.item(), what)
-    factors = [damped_cholesky(one, own.item(), what) for one, own in zip(matrix, shift, strict=True)]
-    return torch.stack(factors)
+    return torch.stack([damped_cholesky(one, own.item(), what) for one, own in zip(matrix, shift, strict=True)])

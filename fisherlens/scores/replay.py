@@ -17,7 +17,7 @@ from torch import Tensor
 from fisherlens.errors import FisherLensError, InputError, UnsupportedModuleError
 from fisherlens.layout import LayerInfo, Layout
 from fisherlens.likelihoods import BoundLikelihood
-from fisherlens.scores.base import CHUNK_BYTES, LayerScores
+from fisherlens.scores.base import CHUNK_BYTES, PART, LayerScores
 from fisherlens.scores.collector import Collector, Piece
 from fisherlens.scores.conv import ConvGeometry, ConvScores
 from fisherlens.scores.dense import DenseScores
@@ -78,12 +78,19 @@ class LayerFactors:
 
     def matrices(self) -> Tensor:
         """The score rows as matrices, ``(n, r, groups, d_o, d)``: Σ_t g ⊗ homogeneous a."""
-        return self.outputs.mT @ self.homogeneous[:, None]
+        return torch.einsum("nrbto,nbti->nrboi", self.outputs, self.homogeneous)
+
+    def in_parts(self) -> Iterator[LayerFactors]:
+        """Parts of the examples whose :meth:`matrices` stay under 64 MiB."""
+        per_example = self.outputs.shape[1] * self.layer.size * self.outputs.itemsize
+        step = max(1, CHUNK_BYTES // per_example)
+        for start in range(0, len(self.outputs), step):
+            yield self.part(slice(start, start + step))
 
     def images(self, v: Tensor) -> Tensor:
         """U_l v of a vector over the layer's parameters, ``(n, r)``."""
         w = as_matrices(self.layer, v[:, None])[0]
-        h = (self.homogeneous @ w.mT).flatten(1)
+        h = torch.einsum("nbti,boi->nbto", self.homogeneous, w).flatten(1)
         return torch.einsum("nrx,nx->nr", self.outputs.flatten(2), h)
 
 
@@ -175,9 +182,12 @@ def factor_pieces(F: Captured, names: Sequence[str]) -> Iterator[tuple[slice, di
 
 
 def _step(layers: Sequence[LayerScores]) -> int:
-    """Examples whose unfolded patches stay under 64 MiB together."""
-    entries = sum(layer.geometry.groups * layer.t * layer.d_i for layer in layers if isinstance(layer, ConvScores))
-    return max(1, CHUNK_BYTES // max(1, entries * layers[0].dtype.itemsize)) if entries else max(1, layers[0].n)
+    """Examples whose inputs, unfolded and with the 1 of the bias, stay under 64 MiB together."""
+    entries = 1
+    for layer in layers:
+        if isinstance(layer, (DenseScores, ConvScores)):
+            entries += layer.layer.groups * layer.t * (layer.d_i + 1)
+    return max(1, min(PART, CHUNK_BYTES // (entries * layers[0].dtype.itemsize)))
 
 
 def _kept_factors(scores: LayerScores, weight: Tensor) -> LayerFactors:
