@@ -107,7 +107,7 @@ def independence(
             exact = {lam: (target.natural_gradient(lam), target.solver.log_determinant(lam)) for lam in dampings}
             for i, scheme in enumerate(schemes):
                 try:
-                    blocks = BlockDiagonal(F, scheme) if layer == WHOLE else _on_layer(F, scheme, layer)
+                    blocks = BlockDiagonal(F, scheme) if layer == WHOLE else BlockDiagonal.part_of(F, scheme, layer)
                 except MemoryBudgetError as error:
                     warnings.warn(
                         f"independence: {names[i]!r} on {layer!r} is left out. {error}", NumericalWarning, stacklevel=2
@@ -151,12 +151,6 @@ def _unique_names(schemes: Sequence[Partition]) -> list[str]:
         taken = sum(known == name or known.startswith(f"{name} #") for known in names)
         names.append(f"{name} #{taken + 1}" if taken else name)
     return names
-
-
-def _on_layer(F: Fisher, scheme: Partition, layer: str) -> BlockDiagonal:
-    """The partition intersected with one layer, as an approximation of that layer's block."""
-    info = F.layout.layer(layer)
-    return BlockDiagonal.on_layer(F.restrict(layer), scheme.restrict(layer), info.start)
 
 
 def _energy(blocks: BlockDiagonal, norm2: float, diagonal: torch.Tensor) -> dict[str, float]:

@@ -105,7 +105,7 @@ def test_of_restricted_operators():
     scheme = fl.partition(F, "unit")
     for name in F.layout.layer_names:
         at = slice(F.layout.layer(name).start, F.layout.layer(name).stop)
-        B = fl.BlockDiagonal.on_layer(F.restrict(name), scheme.restrict(name), at.start)
+        B = fl.BlockDiagonal(F, scheme).on_layer(name)
         blocks = [b - at.start for b in scheme.restrict(name).blocks]
         cut = reference.block_diagonal(c.matrix[at, at], blocks)
         assert error(B.dense(), cut) < TOLERANCE

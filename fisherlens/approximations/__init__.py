@@ -1,6 +1,7 @@
 """Structured stand-ins for the Fisher, built from the same captured scores."""
 
+from fisherlens.approximations.base import Approximation
 from fisherlens.approximations.block_diagonal import BlockDiagonal
 from fisherlens.approximations.blocks import MomentBlocks, RowBlocks, ScoreBlock
 
-__all__ = ["BlockDiagonal", "MomentBlocks", "RowBlocks", "ScoreBlock"]
+__all__ = ["Approximation", "BlockDiagonal", "MomentBlocks", "RowBlocks", "ScoreBlock"]

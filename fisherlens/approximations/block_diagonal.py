@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fisherlens.approximations.base import Approximation
 from fisherlens.approximations.blocks import Blocks, MomentBlocks, RowBlocks, ScoreBlock
 from fisherlens.errors import InputError, MemoryBudgetError, readable_bytes
 from fisherlens.fisher import Fisher, check_damping, require_fisher
@@ -16,7 +17,7 @@ from fisherlens.partitions import BlockGroup, Partition
 from fisherlens.partitions import partition as make_partition
 
 
-class BlockDiagonal:
+class BlockDiagonal(Approximation):
     r"""Block-diagonal part of F on a partition of the parameters.
 
     .. math:: F_b = \mathrm{diag}(F_{11}, \dots, F_{BB}), \qquad F_{bb} = U_b^\top U_b / W
@@ -46,68 +47,74 @@ class BlockDiagonal:
 
     def __init__(self, F: Fisher, partition: Any):
         require_fisher(F)
-        self.partition: Partition = make_partition(F, partition)
-        if self.partition.layout != F.layout:
+        parts: Partition = make_partition(F, partition)
+        if parts.layout != F.layout:
             raise InputError(
-                f"The partition covers {self.partition.layout.n_params} parameters of another layout; F has {F.n_params}. "
+                f"The partition covers {parts.layout.n_params} parameters of another layout; F has {F.n_params}. "
                 "Build it from this operator: fl.partition(F, scheme)."
             )
-        self._take(F, self.partition, self.partition.groups)
+        self._take(F, parts, parts.groups)
 
     def _take(self, F: Fisher, partition: Partition, groups: Sequence[BlockGroup]) -> None:
-        self.partition, self._groups, self._fisher = partition, groups, F
-        self.shape, self.layout, self.dtype, self.device = F.shape, F.layout, F.dtype, F.device
-        needed = sum(_entries(F, group) for group in groups) * F.dtype.itemsize
+        super().__init__(F, partition.scheme, partition)
+        self._groups = groups
+        needed = sum(self._entries(F, group) for group in groups) * F.dtype.itemsize
         if needed > F.memory:
             raise MemoryBudgetError(
                 f"The blocks of partition {partition.scheme!r} need {readable_bytes(needed)}, over the budget of {readable_bytes(F.memory)} (largest "
                 f"block: {partition.largest_block} parameters). Choose a finer partition, look at single layers with F.restrict(name), "
                 "or raise memory= of the Fisher."
             )
-        self._parts = [_build(F, group) for group in groups]
+        self._parts = [self._build(F, group) for group in groups]
 
-    @property
-    def n_params(self) -> int:
-        """Parameters covered, P."""
-        return self.shape[0]
+    def _entries(self, F: Fisher, group: BlockGroup) -> int:
+        """Numbers that the blocks of a group hold."""
+        return _entries(F, group)
+
+    def _build(self, F: Fisher, group: BlockGroup) -> tuple[slice, Blocks]:
+        """The blocks of a group, and the piece of the flat vector that they count from."""
+        return _build(F, group)
 
     @property
     def storage_bytes(self) -> int:
         """Bytes that the blocks hold as they are kept here."""
         return sum(blocks.storage_entries for _, blocks in self._parts) * self.dtype.itemsize
 
-    @classmethod
-    def on_layer(cls, F: Fisher, partition: Partition, start: int) -> BlockDiagonal:
-        """Blocks of one layer, for ``F = whole.restrict(layer)`` and ``partition = whole_partition.restrict(layer)``.
+    @property
+    def solve_flops(self) -> float:
+        """Operations of the Cholesky factors, each of the smaller side of its block."""
+        return sum(blocks.factor_flops for _, blocks in self._parts)
 
-        The partition keeps the flat indices of the whole network, in which the layer begins at ``start``.
-        """
-        part = object.__new__(cls)
-        name = F.layout.layer_names[0]
-        part._take(F, partition, [replace(group, layer=name, index=group.index - start) for group in partition.groups])
+    def on_layer(self, layer: str) -> BlockDiagonal:
+        """The blocks of one layer, as a stand-in for ``F.restrict(layer)``; a block that crosses layers is cut."""
+        return self.part_of(self._fisher, self.partition, layer)
+
+    @classmethod
+    def part_of(cls, F: Fisher, partition: Partition, layer: str) -> BlockDiagonal:
+        """Only the blocks of one layer, without those of the others."""
+        part, info, own = object.__new__(cls), F.layout.layer(layer), partition.restrict(layer)
+        restricted = F.restrict(layer)
+        # the partition keeps the flat indices of the whole network, in which the layer does not begin at 0
+        groups = [
+            replace(group, layer=restricted.layout.layer_names[0], index=group.index - info.start)
+            for group in own.groups
+        ]
+        part._take(restricted, own, groups)
         return part
 
-    def _apply(self, v: Tensor, act: Any) -> Tensor:
-        def function(flat: Tensor) -> Tensor:
-            out = torch.zeros(flat.shape, dtype=flat.dtype, device=flat.device)
-            for at, blocks in self._parts:
-                act(blocks, flat[at], out[at])
-            return out
+    def _apply(self, v: Tensor, act: Callable[[Blocks, Tensor, Tensor], None]) -> Tensor:
+        out = torch.zeros(v.shape, dtype=v.dtype, device=v.device)
+        for at, blocks in self._parts:
+            act(blocks, v[at], out[at])
+        return out
 
-        return self._fisher._answer(v, function)
-
-    def __matmul__(self, v: Tensor) -> Tensor:
-        """F_b v, in the form of v."""
+    def _product(self, v: Tensor) -> Tensor:
         return self._apply(v, lambda blocks, part, out: blocks.product(part, out))
 
-    def solve(self, v: Tensor, damping: float) -> Tensor:
-        """(F_b + λI)⁻¹ v, block by block, in the form of v."""
-        damping = check_damping(damping)
+    def _solve(self, v: Tensor, damping: float) -> Tensor:
         return self._apply(v, lambda blocks, part, out: blocks.solve(part, damping, out))
 
-    def log_determinant(self, damping: float) -> float:
-        """Σ_b log det(I + F_bb/λ)."""
-        damping = check_damping(damping)
+    def _log_determinant(self, damping: float) -> float:
         return sum(blocks.log_determinant(damping) for _, blocks in self._parts)
 
     def effective_dimension(self, damping: float) -> Tensor:
@@ -122,13 +129,15 @@ class BlockDiagonal:
         """Σ_b of the blocks' squared Frobenius norms."""
         return sum(blocks.squared_norm() for _, blocks in self._parts)
 
-    def dense(self, max_params: int = 5000) -> Tensor:
-        """The matrix, ``(P, P)``; refused above ``max_params``."""
-        if self.n_params > max_params:
-            size = readable_bytes(self.n_params**2 * self.dtype.itemsize)
-            raise MemoryBudgetError(
-                f"BlockDiagonal.dense() of {self.n_params} parameters would take {size}; raise max_params to allow it."
-            )
+    def diagonal(self) -> Tensor:
+        """The diagonal of F itself, flat ``(P,)``."""
+        return self._fisher.diagonal()
+
+    def within_block_error(self) -> float:
+        """0: the blocks are those of F."""
+        return 0.0
+
+    def _dense(self) -> Tensor:
         out = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         for at, blocks in self._parts:
             for index, matrix in blocks.matrices_at():
@@ -141,11 +150,14 @@ class BlockDiagonal:
 
 
 def _is_whole(F: Fisher, group: BlockGroup) -> bool:
-    """Whether a group is one block with all parameters of a layer, in order."""
-    if group.layer is None or len(group) != 1:
+    """Whether a group is one block with all parameters of a layer, or of the network, in order."""
+    if len(group) != 1:
         return False
-    layer = F.layout.layer(group.layer)
-    return group.size == layer.size and bool((group.index[0] == torch.arange(layer.start, layer.stop)).all())
+    start, stop = 0, F.n_params
+    if group.layer is not None:
+        layer = F.layout.layer(group.layer)
+        start, stop = layer.start, layer.stop
+    return group.size == stop - start and bool((group.index[0] == torch.arange(start, stop)).all())
 
 
 def _relative(F: Fisher, group: BlockGroup) -> tuple[slice, Tensor, Any]:
@@ -179,7 +191,8 @@ def _build(F: Fisher, group: BlockGroup) -> tuple[slice, Blocks]:
         return at, MomentBlocks(index, diagonal[index[:, 0], None, None])
     if group.size > _rows_needed(F, group):
         if _is_whole(F, group):
-            return at, ScoreBlock(F.scores.restrict([group.layer]), F.total_weight)
+            whole = F.scores if group.layer is None else F.scores.restrict([group.layer])
+            return at, ScoreBlock(whole, F.total_weight)
         rows = _cross_rows(F, index) if scores is None else scores.block_rows(index)
         return at, RowBlocks(index, rows / F.total_weight**0.5)
     if scores is None:

@@ -19,6 +19,7 @@ class Blocks(Protocol):
     """
 
     storage_entries: int
+    factor_flops: float
 
     def product(self, v: Tensor, out: Tensor) -> None: ...
 
@@ -61,6 +62,10 @@ class MomentBlocks:
     def storage_entries(self) -> int:
         return self.matrices.numel()
 
+    @property
+    def factor_flops(self) -> float:
+        return self.matrices.numel() * self.matrices.shape[-1] / 3
+
     def product(self, v: Tensor, out: Tensor) -> None:
         if self.index.shape[1] == 1:
             out[self.index[:, 0]] = self.matrices[:, 0] * v[self.index[:, 0]]
@@ -101,6 +106,66 @@ class MomentBlocks:
         return list(zip(self.index, self.matrices, strict=True))
 
 
+class SharedBlocks:
+    """Blocks that are all one matrix, kept and factored once.
+
+    Parameters
+    ----------
+    index
+        Indices of the blocks, ``(B, s)``.
+    matrix
+        The matrix, ``(s, s)``.
+    """
+
+    def __init__(self, index: Tensor, matrix: Tensor):
+        self.index, self.matrix = index, matrix
+        self._factor: tuple[float, Tensor] | None = None
+
+    @property
+    def storage_entries(self) -> int:
+        return self.matrix.numel()
+
+    @property
+    def factor_flops(self) -> float:
+        return self.matrix.numel() * self.matrix.shape[0] / 3
+
+    def _side_by_side(self, v: Tensor) -> Tensor:
+        """The blocks' parts of vectors ``(p, K)`` as columns, ``(s, B K)``."""
+        return v[self.index.T].flatten(1)
+
+    def _put(self, x: Tensor, out: Tensor) -> None:
+        out[self.index.T] = x.view(*self.index.T.shape, -1)
+
+    def product(self, v: Tensor, out: Tensor) -> None:
+        self._put(self.matrix @ self._side_by_side(v), out)
+
+    def _cholesky(self, damping: float) -> Tensor:
+        if self._factor is None or self._factor[0] != damping:
+            what = f"The shared block of size {len(self.matrix)}"
+            self._factor = (damping, damped_cholesky(self.matrix, damping, what))
+        return self._factor[1]
+
+    def solve(self, v: Tensor, damping: float, out: Tensor) -> None:
+        self._put(torch.cholesky_solve(self._side_by_side(v).double(), self._cholesky(damping)).to(v.dtype), out)
+
+    def log_determinant(self, damping: float) -> float:
+        """Σ_b log det(I + M/λ)."""
+        logs = self._cholesky(damping).diagonal().log()
+        one = 2 * logs.sum() - len(self.matrix) * torch.tensor(damping, dtype=torch.float64).log()
+        return len(self.index) * one.item()
+
+    def effective_dimension(self, damping: float) -> Tensor:
+        """Tr M (M + λI)⁻¹ of each block, ``(B,)``."""
+        return _kept_trace(self._cholesky(damping), damping).expand(len(self.index))
+
+    def squared_norm(self) -> float:
+        """Σ_b of the squared Frobenius norms."""
+        return len(self.index) * torch.linalg.vector_norm(self.matrix.double()).square().item()
+
+    def matrices_at(self) -> list[tuple[Tensor, Tensor]]:
+        return [(index, self.matrix) for index in self.index]
+
+
 class RowBlocks:
     """Blocks larger than their rank, kept as rows X_b with M_b = X_bᵀX_b, solved through X_b X_bᵀ.
 
@@ -120,6 +185,10 @@ class RowBlocks:
     @property
     def storage_entries(self) -> int:
         return self.rows.numel() + self.gram.numel()
+
+    @property
+    def factor_flops(self) -> float:
+        return self.gram.numel() * self.gram.shape[-1] / 3
 
     def product(self, v: Tensor, out: Tensor) -> None:
         out[self.index] = torch.bmm(self.rows.mT, torch.bmm(self.rows, v[self.index]))
@@ -174,6 +243,10 @@ class ScoreBlock:
     @property
     def storage_entries(self) -> int:
         return self.scores.rows**2
+
+    @property
+    def factor_flops(self) -> float:
+        return self.scores.rows**3 / 3
 
     def product(self, v: Tensor, out: Tensor) -> None:
         out.copy_(self.scores.rmatmat(self.scores.matmat(v) / self.total_weight))

@@ -1,0 +1,127 @@
+r"""The slow, obvious, dense twin of every quantity: to be read aloud, and to test the fast code against.
+
+A network f(x; θ) with P parameters meets a likelihood p(y | f) on N examples. Its Fisher matrix is
+
+.. math:: F = \frac{1}{W} \sum_t w_t J_t^\top H_t J_t, \qquad H_t = \mathrm{E}_{y \sim p(\cdot | f_t)} [ s s^\top ],
+   \qquad s = -\nabla_f \log p(y | f_t), \qquad W = \sum_t w_t
+
+over the terms t of the mean: one per example, or one per position of a structured categorical output. Everything here
+is a few lines of plain dense tensors from its definition and shares no code with the fast operators. N examples, T
+terms per example, C elements per term, P parameters, S label draws per example, B blocks. Arguments:
+
+- ``model``: any ``nn.Module`` in evaluation mode; it is left exactly as it was.
+- ``params``: None for all that require grad, or names and glob patterns. Flat vectors follow ``named_parameters()``.
+- ``data``: ``(inputs, targets)``; inputs are a tensor, a tuple (positional arguments) or a dict (keyword arguments).
+- ``likelihood``: ``"categorical"``, ``"bernoulli"``, ``"gaussian"``, or an object with the attributes of one of them:
+  ``class_axis``, ``weight``, ``ignore_index``; or ``pos_weight``; or ``variance``.
+- ``F``: ``(P, P)``; ``F_hat``: a stand-in for F; ``blocks``: flat index tensors; ``damping``: λ > 0, in units of F.
+
+Fishers, traces and divergences are in nat. Cost: N T C backward passes, P³ operations: for a few thousand parameters.
+
+Examples
+--------
+>>> import torch
+>>> from torch import nn
+>>> model, x, y = nn.Linear(2, 3).double(), torch.eye(2).double(), torch.tensor([0, 2])
+>>> F = fisher(model, (x, y), "categorical")
+>>> round(effective_dimension(F, 1e-6), 2)  # two examples, each with two free logits
+4.0
+"""
+
+from __future__ import annotations
+
+from fisherlens.reference.blocks import (
+    Blocks,
+    block,
+    block_diagonal,
+    condition_number,
+    coupling,
+    coupling_noise_floor,
+    decrease_ratio,
+    energy_captured,
+    energy_noise_floor,
+    gaussian_kl,
+    information,
+    natural_gradient_cosine,
+    permuted_block,
+    preconditioned_spectrum,
+)
+from fisherlens.reference.matrix import (
+    damped,
+    diagonal,
+    effective_dimension,
+    frobenius_norm,
+    gram,
+    log_determinant,
+    solve,
+    spectrum,
+    trace,
+)
+from fisherlens.reference.network import (
+    Data,
+    Names,
+    Terms,
+    Theta,
+    by_term,
+    empirical_fisher,
+    fisher,
+    gradient,
+    jacobian,
+    kl_divergence,
+    labels_by_term,
+    log_probability,
+    mc_fisher,
+    negative_log_likelihood,
+    output_fisher,
+    outputs_at,
+    score,
+    score_matrix,
+    terms,
+)
+from fisherlens.reference.optimizers import cw_ngd_step
+
+__all__ = [
+    "Blocks",
+    "Data",
+    "Names",
+    "Terms",
+    "Theta",
+    "block",
+    "block_diagonal",
+    "by_term",
+    "condition_number",
+    "coupling",
+    "coupling_noise_floor",
+    "cw_ngd_step",
+    "damped",
+    "decrease_ratio",
+    "diagonal",
+    "effective_dimension",
+    "empirical_fisher",
+    "energy_captured",
+    "energy_noise_floor",
+    "fisher",
+    "frobenius_norm",
+    "gaussian_kl",
+    "gradient",
+    "gram",
+    "information",
+    "jacobian",
+    "kl_divergence",
+    "labels_by_term",
+    "log_determinant",
+    "log_probability",
+    "mc_fisher",
+    "natural_gradient_cosine",
+    "negative_log_likelihood",
+    "output_fisher",
+    "outputs_at",
+    "permuted_block",
+    "preconditioned_spectrum",
+    "score",
+    "score_matrix",
+    "solve",
+    "spectrum",
+    "terms",
+    "trace",
+]
