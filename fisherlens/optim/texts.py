@@ -91,3 +91,23 @@ NO_TENSOR = (
     "labels='sampled' draws labels from the model's outputs, which must be one tensor of logits or means; the model "
     "returned {got}. Use labels='true', or a model whose forward returns the outputs alone."
 )
+WARM_TOO_LATE = (
+    "{name}.warm_start() replaces all averages, so it comes before the first step; this optimizer has made steps. Build a new one."
+)
+MODEL_GONE = "{name} cannot run its model for a warm start, because the model no longer exists. Keep a reference to it."
+WEIGHTED_WARM = (
+    "A warm start draws labels, which {likelihood!r} does not allow: its weights follow the observed labels. Start without it, or use "
+    "the likelihood without weights."
+)
+NO_CLOSURE = (
+    "{name}.step() needs a closure, because it looks at the same batch again after the step: opt.step(closure), where closure() calls "
+    "opt.zero_grad(), computes the loss, calls loss.backward() and returns the loss."
+)
+NEEDS_CLOSURE = (
+    "{name} with adapt_damping=True compares the loss before and after a step, so it needs step(closure); got step(). Put "
+    "zero_grad, loss and backward into a function that returns the loss, or set adapt_damping=False."
+)
+TRUE_LABELS = (
+    "{name} weights the gradients of the loss itself, so its coefficients exist for labels='true' only; got 'sampled'. For "
+    "sampled labels take TENGraD, which has the same layer blocks."
+)

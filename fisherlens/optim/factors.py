@@ -1,0 +1,276 @@
+"""The two sides of a layer's gradient: what it reads and the scores at its output, position by position, and inverses made of them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fisherlens.errors import NonFiniteError, NumericalWarning
+from fisherlens.layout import LayerInfo
+from fisherlens.linalg.memory import Workspace
+from fisherlens.optim import texts
+from fisherlens.optim.averages import Averages
+from fisherlens.optim.base import NaturalGradient, number
+from fisherlens.optim.moments import ROWS_BYTES
+from fisherlens.optim.solve import RETRIES
+from fisherlens.optim.tap import Call, Pass
+from fisherlens.scores.base import CHUNK_BYTES
+from fisherlens.scores.conv import ConvGeometry
+
+
+def matrix_shape(layer: LayerInfo) -> tuple[int, int, int]:
+    """(B, d_o, d_i): groups of a convolution, outputs of each, inputs of each with the constant 1 of a bias."""
+    tensor = layer.weight or layer.bias
+    inputs = math.prod(layer.weight.shape[1:]) if layer.weight else 0
+    return layer.groups, tensor.shape[0] // layer.groups, inputs + (layer.bias is not None)
+
+
+def matrix_of(layer: LayerInfo, flat: Tensor) -> Tensor:
+    """Weight and bias out of a flat vector as matrices [W, b], ``(B, d_o, d_i)``."""
+    parts = [flat[p.start : p.stop].view(layer.groups, p.shape[0] // layer.groups, -1) for p in _tensors(layer)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def write_matrix(layer: LayerInfo, matrix: Tensor, out: Tensor) -> None:
+    """Put matrices [W, b] where they belong in a flat vector."""
+    start = 0
+    for p in _tensors(layer):
+        width = math.prod(p.shape[1:])
+        out[p.start : p.stop] = matrix[:, :, start : start + width].reshape(-1)
+        start += width
+
+
+def _tensors(layer: LayerInfo) -> list[Any]:
+    return [p for p in (layer.weight, layer.bias) if p is not None]
+
+
+def positions(
+    layer: LayerInfo, calls: Sequence[Call], dtype: torch.dtype, workspace: Workspace, budget: int = ROWS_BYTES
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs a ``(B, d_i, n, T)`` and scores g ``(B, d_o, n, T)`` of some examples at a time.
+
+    The gradient of example n is Σ_t g_nt a_ntᵀ. A convolution's T positions are its output pixels and a its patches, some examples
+    at a time under ``budget`` bytes; several calls of one module stand side by side along T; a bias adds a constant 1 to a.
+    """
+    if layer.kind == "dense":
+        yield _dense_positions(layer, calls, dtype)
+        return
+    groups, d_o, d_i = matrix_shape(layer)
+    n = len(calls[0].use.inputs)
+    counts = [math.prod(call.score.shape[2:]) for call in calls]
+    step = max(1, budget // (groups * d_i * sum(counts) * dtype.itemsize))
+    for first in range(0, n, step):
+        some = slice(first, min(first + step, n))
+        size = some.stop - some.start
+        a = workspace.empty((groups, d_i, size, sum(counts)), dtype, calls[0].score.device)
+        g = workspace.empty((groups, d_o, size, sum(counts)), dtype, calls[0].score.device)
+        start = 0
+        for call, count in zip(calls, counts, strict=True):
+            here = slice(start, start + count)
+            if layer.weight:
+                _write_patches(call, some, a[:, : d_i - (layer.bias is not None), :, here])
+            g[..., here] = call.score[some].reshape(size, groups, d_o, count).permute(1, 2, 0, 3)
+            start += count
+        if layer.bias:
+            a[:, -1] = 1
+        yield a, g
+
+
+def _dense_positions(layer: LayerInfo, calls: Sequence[Call], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    n = len(calls[0].use.inputs)
+    scores = [call.score.reshape(n, -1, call.score.shape[-1]) for call in calls]
+    g = (scores[0] if len(scores) == 1 else torch.cat(scores, dim=1)).to(dtype)  # (n, T, d_o)
+    columns = []
+    if layer.weight:
+        inputs = [call.use.inputs.reshape(n, -1, call.use.inputs.shape[-1]) for call in calls]
+        columns.append((inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=1)).to(dtype))
+    if layer.bias:
+        columns.append(g.new_ones(*g.shape[:2], 1))
+    a = columns[0] if len(columns) == 1 else torch.cat(columns, dim=2)
+    return a.permute(2, 0, 1)[None], g.permute(2, 0, 1)[None]
+
+
+def _write_patches(call: Call, some: slice, out: Tensor) -> None:
+    """Write the patches that a convolution reads into ``(B, d, n, T)``, entries in the order of its weight."""
+    x = call.use.inputs[some]
+    geometry = ConvGeometry.of(call.use.module)
+    padded = geometry.padded(x)
+    groups, channels = geometry.groups, x.shape[1] // geometry.groups
+    batch, channel, *axes = padded.stride()
+    kernel = [stride * dilation for stride, dilation in zip(axes, geometry.dilation, strict=True)]
+    moves = [stride * step for stride, step in zip(axes, geometry.stride, strict=True)]
+    at = geometry.positions(padded)
+    view = padded.as_strided(
+        (groups, channels, *geometry.kernel, len(x), *at), (channel * channels, channel, *kernel, batch, *moves)
+    )
+    out.unflatten(3, at).unflatten(1, (channels, *geometry.kernel)).copy_(view)
+
+
+class FactorSums(NamedTuple):
+    """Σ_nt a aᵀ ``(B, d_i, d_i)``, Σ_nt g gᵀ / T ``(B, d_o, d_o)``, and the number of examples."""
+
+    A: Tensor
+    G: Tensor
+    examples: int
+
+    def __add__(self, other: FactorSums) -> FactorSums:  # type: ignore[override]
+        return FactorSums(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
+
+def factor_sums(
+    layer: LayerInfo, calls: Sequence[Call], dtype: torch.dtype, workspace: Workspace, form: str
+) -> FactorSums:
+    """Sums that the Kronecker factors of one pass are made of.
+
+    ``form`` is ``"expand"``, every position an example of its own, or ``"reduce"``, the mean of a and the sum of g over positions.
+    """
+    total: FactorSums | None = None
+    for a, g in positions(layer, calls, dtype, workspace):
+        if form == "reduce":
+            a, g = a.mean(3, keepdim=True), g.sum(3, keepdim=True)
+        n, t = a.shape[2:]
+        a, g = a.flatten(2), g.flatten(2)
+        part = FactorSums(torch.bmm(a, a.mT), torch.bmm(g, g.mT) / t, n)
+        total = part if total is None else total + part
+    return total
+
+
+def summed_scores(layer: LayerInfo, calls: Sequence[Call], dtype: torch.dtype, workspace: Workspace) -> Tensor:
+    """Σ_n Σ_t g_nt a_ntᵀ, ``(B, d_o, d_i)``: the gradient that belongs to the scores."""
+    return sum(torch.bmm(g.flatten(2), a.flatten(2).mT) for a, g in positions(layer, calls, dtype, workspace))
+
+
+class Inverses(NamedTuple):
+    """Inverses ``(B, s, s)``, how many factorisations were repeated, and how many blocks could not be factorised."""
+
+    matrices: Tensor
+    retries: int
+    failed: int
+
+
+def damped_inverses(matrices: Tensor, damping: Tensor) -> Inverses:
+    """(M_b + λ_b I)⁻¹ for every block, from Cholesky factors in float64.
+
+    A block that is not positive definite is tried again with 10 λ, 100 λ, up to 10^6 λ, and then becomes I / (10^6 λ), the limit of
+    large damping.
+
+    Parameters
+    ----------
+    matrices
+        M, ``(B, s, s)``, symmetric; the lower triangles are read.
+    damping
+        λ > 0, ``(B,)`` in float64.
+    """
+    damping = damping.to(matrices.device)
+    if matrices.shape[-1] == 1:
+        return Inverses(1 / (matrices + damping.to(matrices.dtype)[:, None, None]), 0, 0)
+    step = max(1, CHUNK_BYTES // (16 * matrices[0].numel()))
+    out, bad = torch.empty_like(matrices), []
+    for first in range(0, len(matrices), step):
+        some = slice(first, first + step)
+        out[some], solved = _attempt(matrices[some], damping[some])
+        bad.append((~solved).nonzero()[:, 0] + first)
+    todo = torch.cat(bad)
+    retries = 0
+    for power in range(1, RETRIES + 1):
+        if not len(todo):
+            break
+        retries += len(todo)
+        out[todo], solved = _attempt(matrices[todo], damping[todo] * 10**power)
+        todo = todo[~solved]
+    if len(todo):
+        identity = torch.eye(matrices.shape[-1], dtype=out.dtype, device=out.device)
+        out[todo] = identity / (damping[todo] * 10**RETRIES).to(out.dtype)[:, None, None]
+    return Inverses(out, retries, len(todo))
+
+
+def _attempt(matrices: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverses, and which of them stand."""
+    dtype = torch.float64 if matrices.device.type != "mps" else matrices.dtype
+    wide = matrices.to(dtype, copy=True)
+    wide.diagonal(dim1=-2, dim2=-1).add_(damping.to(dtype)[:, None])
+    factor, info = torch.linalg.cholesky_ex(wide)
+    factor[info != 0] = torch.eye(matrices.shape[-1], dtype=dtype, device=matrices.device)  # replaced by the caller
+    inverse = torch.cholesky_inverse(factor).to(matrices.dtype)
+    return inverse, (info == 0) & torch.isfinite(inverse).flatten(1).all(1)
+
+
+class LayerWise(NaturalGradient):
+    """A method that keeps one record of tensors and counters per layer, made when the first statistics arrive.
+
+    Subclasses add ``inverse_refresh``: steps from one inversion to the next.
+    """
+
+    inverse_refresh: int
+    _records: dict[str, Any] | None = None
+
+    @abstractmethod
+    def _new(self, layer: LayerInfo, like: Tensor) -> Averages:
+        """Make the record of one layer, in the dtype and on the device of ``like``."""
+
+    def _check_method(self) -> None:
+        if isinstance(self.inverse_refresh, bool) or not isinstance(self.inverse_refresh, int):
+            got = f"{type(self.inverse_refresh).__name__} {self.inverse_refresh!r}"
+            raise TypeError(f"inverse_refresh must be an int; got {got}.")
+        number("inverse_refresh", self.inverse_refresh, 1)
+        self._workspace = Workspace(limit=2 * ROWS_BYTES)
+
+    def _made(self) -> dict[str, Any]:
+        return {layer.name: self._new(layer, self._parameters[0]) for layer in self.covered}
+
+    def _record_of(self, layer: LayerInfo) -> Any:
+        if self._records is None:
+            self._records = self._made()
+        return self._records[layer.name]
+
+    @property
+    def _inverse_due(self) -> bool:
+        return self.diagnostics["steps"] % self.inverse_refresh == 0
+
+    def _layers(self, one: Pass) -> Iterator[tuple[LayerInfo, list[Call]]]:
+        """Layers of a pass with their calls."""
+        for layer in self.covered:
+            if layer.name in one.calls:
+                yield layer, one.calls[layer.name]
+
+    def _require_finite_parts(self, parts: Mapping[str, Sequence[Tensor]]) -> None:
+        """Refuse statistics with NaN or infinity before anything is changed, naming their layer."""
+        for name, tensors in parts.items():
+            if not all(torch.isfinite(x).all() for x in tensors):
+                raise NonFiniteError(texts.BAD_STATISTICS.format(layer=name))
+
+    def _inverted(self, jobs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Invert (M_b + λ_b I) for several batches; blocks of one size are one batch. Counts what did not go smoothly."""
+        found: dict[int, Tensor] = {}
+        sizes: dict[int, list[int]] = {}
+        for k, (matrices, _) in enumerate(jobs):
+            sizes.setdefault(matrices.shape[-1], []).append(k)
+        for size, members in sizes.items():
+            result = damped_inverses(torch.cat([jobs[k][0] for k in members]), torch.cat([jobs[k][1] for k in members]))
+            self.diagnostics["retries"] += result.retries
+            self.diagnostics["fallbacks"] += result.failed
+            if result.failed:
+                most = max(jobs[k][1].max().item() for k in members) * 10**RETRIES
+                text = texts.NOT_DEFINITE.format(count=result.failed, size=size, damping=most)
+                warnings.warn(text, NumericalWarning, stacklevel=6)
+            found.update(zip(members, result.matrices.split([len(jobs[k][0]) for k in members]), strict=True))
+        return [found[k] for k in range(len(jobs))]
+
+    def _state(self) -> dict[str, Any]:
+        return {"averages": None if self._records is None else [one.state() for one in self._records.values()]}
+
+    def _load_state(self, state: Mapping[str, Any]) -> None:
+        if state["averages"] is None:
+            self._records = None
+            return
+        records = self._made()
+        self._restore(list(records.values()), state["averages"], "these options")
+        self._records = records
+
+
