@@ -31,6 +31,10 @@ class BlockDiagonal(Approximation):
         The Fisher operator.
     partition
         A scheme name, a :class:`Partition` of F's parameters, or a dict label → indices.
+    shared
+        Whether the blocks of one size in a dense layer share one matrix, their mean. With the partition "mbf" (variant A: units, B:
+        inputs) this is what MBF keeps (arXiv 2202.04124); blocks of other layers stay their own. The error is then the spread between
+        the blocks that share, Σ_b ‖F_bb‖² - B ‖F̄‖².
 
     Raises
     ------
@@ -45,8 +49,19 @@ class BlockDiagonal(Approximation):
     torch.Size([8])
     """
 
-    def __init__(self, F: Fisher, partition: Any):
+    def __new__(cls, *_: Any, shared: bool = False, **__: Any) -> BlockDiagonal:
+        if cls is BlockDiagonal and shared is True:
+            from fisherlens.approximations.shared import SharedBlockDiagonal  # which is a BlockDiagonal
+
+            cls = SharedBlockDiagonal
+        return super().__new__(cls)
+
+    def __init__(self, F: Fisher, partition: Any, *, shared: bool = False):
         require_fisher(F)
+        if not isinstance(shared, bool):
+            raise TypeError(
+                f"shared must be True or False; got {shared!r}. True replaces the blocks of one size in a dense layer by their mean."
+            )
         parts: Partition = make_partition(F, partition)
         if parts.layout != F.layout:
             raise InputError(
