@@ -8,7 +8,7 @@ from typing import Any
 from fisherlens import errors, optim
 from fisherlens._version import __version__
 from fisherlens.approximations import BlockDiagonal
-from fisherlens.coupling import coupling
+from fisherlens.coupling import coupling, dependence, spatial_coupling
 from fisherlens.errors import (
     ConvergenceWarning,
     FileFormatError,
@@ -74,6 +74,8 @@ __all__ = [  # noqa: RUF022 - grouped by topic
     "partition",
     "Partition",
     "coupling",
+    "dependence",
+    "spatial_coupling",
     "independence",
     "BlockDiagonal",
     # parameter space

@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 import torch
-from cases import fill, make_case
+from cases import make_case
 from fisher_checks import KINDS, QUIET, ZOO, case, in_float32
 from torch import Tensor, nn
 
 import fisherlens as fl
 from fisherlens import reference
+from fisherlens.coupling import kernels, strips, tiles
+from fisherlens.coupling import norms as ways
+from fisherlens.coupling.kernels import families, kernel_norms
+from fisherlens.coupling.strips import matrix_norms, strip_norms
+from fisherlens.coupling.tiles import BlockGrams, layer_norms, tile_norms
 from fisherlens.errors import InputError, MemoryBudgetError
 
 pytestmark = pytest.mark.filterwarnings(QUIET)
-SCHEMES = ("layer", "parameter", "unit", "channel", "kernel", "cw-ngd", "diagonal")
+SCHEMES = {
+    **{name: {} for name in ("layer", "parameter", "unit", "input", "channel", "kernel", "diagonal")},
+    **{f"cw-ngd {v}": {"variant": v} for v in ("released", "2022", "2022-unit")},
+    **{f"mbf {v}": {"variant": v} for v in ("A", "B")},
+    "sequential": {"size": 7},
+    "random": {"size": 7, "seed": 3},
+}
+
+
+def parts_of(F: fl.Fisher, scheme: str) -> fl.Partition:
+    return fl.partition(F, scheme.split()[0], **SCHEMES[scheme])
+
+
+def squares_of(T: Tensor, parts: fl.Partition) -> Tensor:
+    """‖T_ij‖² of all pairs of blocks."""
+    inside = torch.zeros(parts.num_blocks, len(T), dtype=T.dtype)
+    for b, index in enumerate(parts.blocks):
+        inside[b, index] = 1
+    return inside @ T.square() @ inside.T
 
 
 def check(F: fl.Fisher, T: Tensor, partition) -> None:
@@ -25,12 +46,10 @@ def check(F: fl.Fisher, T: Tensor, partition) -> None:
     assert set(ds.data_vars) == {"coupling", "noise_floor", "block_norm"}
     blocks = list(parts.blocks)
     rho = reference.coupling(T, blocks).numpy()
-    # entries below √ε of the largest are rounding: the norms are squared
-    assert np.allclose(ds["coupling"], rho, rtol=1e-8, atol=3e-8)
-    big = rho > 1e-3
-    assert np.allclose(ds["coupling"].values[big], rho[big], rtol=1e-8)
+    # what is computed is the square, of which entries below ε of the largest are rounding
+    assert np.abs(ds["coupling"].values ** 2 - rho**2).max() < 1e-10
     floor = reference.coupling_noise_floor(T, blocks, F.n_rows, 1).numpy()
-    assert np.allclose(ds["noise_floor"], floor, rtol=1e-8)
+    assert np.allclose(ds["noise_floor"], floor, rtol=1e-10)
     norms = [T[b][:, b].norm().item() for b in blocks]
     assert np.allclose(ds["block_norm"], norms, rtol=1e-10, atol=1e-14)
     assert np.array_equal(ds["coupling"], ds["coupling"].T)
@@ -52,40 +71,128 @@ def test_layers(name, kind, unchanged):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("name", ["fewer_parameters_than_examples", "mlp_no_bias", "conv_no_bias", "batchnorm_first"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("fewer_parameters_than_examples", "mlp_tanh", "dense_on_positions", "conv_groups"),
+        *("conv_one_position", "conv_1d", "conv_3d", "batchnorm_first"),
+    ],
+)
 def test_segments(name, scheme):
     c = case(name)
-    check(c.fisher(), c.matrix, scheme)
+    F = c.fisher()
+    check(F, c.matrix, parts_of(F, scheme))
 
 
-WAYS = ("_layer_norms", "_gram_norms", "_matrix_norms", "_column_norms")
+@pytest.mark.parametrize("kind", ["mc", "empirical"])
+@pytest.mark.parametrize("scheme", ["unit", "mbf B", "cw-ngd released", "random"])
+def test_segments_of_other_kinds(scheme, kind):
+    for name in ("mlp_tanh", "conv_groups", "segmentation"):
+        c = case(name, kind)
+        F = c.fisher()
+        check(F, c.matrix, parts_of(F, scheme))
 
 
-@pytest.mark.parametrize("name", ["fewer_parameters_than_examples", "lenet", "residual"])
-def test_all_ways_to_the_norms_agree(name):
-    """Through Gram matrices of layers or blocks, through the matrix itself, or through strips of it."""
-    module, c = sys.modules["fisherlens.coupling"], case(name)
+def every_way(F: fl.Fisher, parts: fl.Partition):
+    """Squares and traces by every way there is, with little memory and with much."""
+    scores = F.scores
+    if parts.scheme == "layer":
+        yield "layers", layer_norms(scores)
+    found = families(scores, parts.groups)
+    if found:
+        yield "kernels", kernel_norms(scores, parts, found)
+    yield "matrix", matrix_norms(scores, parts)
+    for room in (2**30, 2000):
+        yield f"tiles {room}", tile_norms(scores, parts, room)
+        yield f"strips {room}", strip_norms(scores, parts, room)
+
+
+@pytest.mark.parametrize("name", ["fewer_parameters_than_examples", "mlp_tanh", "lenet", "residual", "conv_groups"])
+def test_all_ways_to_the_norms_agree(name, monkeypatch):
+    """Through Gram matrices of layers or blocks, kernels over examples, the matrix itself, or strips of it, in pieces of any size."""
+    monkeypatch.setattr(tiles, "CHUNK_BYTES", 3000)
+    monkeypatch.setattr(kernels, "CHUNK_BYTES", 3000)
+    monkeypatch.setattr(strips, "_WIDTH", 5)
+    c = case(name)
     F = c.fisher()
     order = torch.randperm(F.n_params, generator=torch.Generator().manual_seed(0))
-    own = {"a": order[: F.n_params // 2], "b": order[F.n_params // 2 :]}
-    for scheme in ("layer", "unit", own):
-        parts = fl.partition(F, scheme)
-        blocks = list(parts.blocks)
-        truth = torch.stack([torch.stack([c.matrix[i][:, j].square().sum() for j in blocks]) for i in blocks])
-        for way in WAYS if scheme == "layer" else WAYS[1:]:
-            found = getattr(module, way)(F.scores, parts) / F.total_weight**2
-            assert (found - truth).abs().max() < 1e-12 * truth.max(), way
+    own = fl.partition(F, {"a": order[: F.n_params // 2], "b": order[F.n_params // 2 :]})
+    seen = set()
+    for parts in (*(parts_of(F, scheme) for scheme in SCHEMES if scheme != "diagonal" or F.n_params < 100), own):
+        truth = squares_of(c.matrix, parts)
+        traces = torch.stack([c.matrix.diagonal()[b].sum() for b in parts])
+        for way, (squares, sizes) in every_way(F, parts):
+            seen.add(way.split()[0])
+            assert (squares / F.total_weight**2 - truth).abs().max() < 1e-12 * truth.max(), (parts.scheme, way)
+            assert torch.allclose(sizes / F.total_weight, traces, rtol=1e-12), (parts.scheme, way)
+            assert torch.equal(squares, squares.T)
+    assert seen >= {"layers", "matrix", "tiles", "strips"}
+    assert ("kernels" in seen) == (name in ("fewer_parameters_than_examples", "mlp_tanh"))
 
 
-def test_the_way_follows_size_and_memory(monkeypatch):
-    module, called = sys.modules["fisherlens.coupling"], []
-    for way in WAYS:
-        original = getattr(module, way)
-        monkeypatch.setattr(module, way, lambda *a, f=original, n=way: called.append(n) or f(*a))
-    wide, tall = case("lenet").fisher(), case("fewer_parameters_than_examples").fisher()
-    for F, scheme in ((wide, "layer"), (wide, "unit"), (tall, "unit")):
-        check(F, case("lenet" if F is wide else "fewer_parameters_than_examples").matrix, scheme)
-    assert called == ["_layer_norms", "_gram_norms", "_matrix_norms"]
+@pytest.mark.parametrize("examples", [3, 40])
+def test_kernels_of_few_and_of_many_examples(examples):
+    """A kernel of fewer features than examples is kept as its root; both forms, and pairs of a unit and an input, in two layers."""
+    model, _, likelihood = make_case(
+        "kernels", lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)), (3,)
+    )
+    g = torch.Generator().manual_seed(1)
+    data = torch.randn(examples, 3, generator=g, dtype=torch.float64), torch.randint(3, (examples,), generator=g)
+    F, T = fl.Fisher(model, data, likelihood=likelihood), reference.fisher(model, data, likelihood)
+    for scheme in ("unit", "input", "mbf B", "cw-ngd released", "cw-ngd 2022", "diagonal"):
+        parts = parts_of(F, scheme)
+        found = families(F.scores, parts.groups)
+        squares, traces = kernel_norms(F.scores, parts, found)
+        truth = squares_of(T, parts)
+        assert (squares / examples**2 - truth).abs().max() < 1e-12 * truth.max()
+        assert torch.allclose(traces / examples, torch.stack([T.diagonal()[b].sum() for b in parts]), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["mlp_tanh", "lenet", "conv_groups"])
+def test_gram_matrices_of_blocks_in_any_tile(name):
+    F = case(name).fisher()
+    scores, rows = F.scores, F.scores.rows
+    every = scores.rows_at(torch.arange(rows))
+    for scheme in ("layer", "parameter", "unit", "mbf B", "cw-ngd released", "random"):
+        parts = parts_of(F, scheme)
+        grams = BlockGrams(scores, parts)
+        grams.room = 5000
+        last = parts.num_blocks
+        for blocks, rows_at, stop in ((slice(0, last), slice(0, rows), rows), (slice(last // 2, last), slice(3, 7), 7)):
+            truth = torch.stack([every[rows_at][:, b] @ every[:stop][:, b].T for b in parts.blocks[blocks]])
+            assert torch.allclose(
+                grams.tile(blocks, rows_at, stop), truth, rtol=1e-12, atol=1e-13 * float(truth.abs().max())
+            )
+
+
+def test_the_way_follows_size_and_memory():
+    small, wide = case("fewer_parameters_than_examples").fisher(), case("lenet").fisher()
+    deep = case("mlp_tanh").fisher()
+    words = {
+        (wide, "layer"): "Gram matrices of the layers",
+        (wide, "unit"): "tiles of Gram matrices",
+        (deep, "unit"): "kernels over examples",
+        (small, "unit"): "the matrix",
+    }
+    for (F, scheme), way in words.items():
+        method = fl.coupling(F, scheme, num_null=0).attrs["method"]
+        assert method == f"exact block norms ({way})", (scheme, method)
+    assert fl.coupling(small, num_null=3).attrs["method"].endswith("layers), example permutation")
+
+
+def test_layers_in_another_order_are_not_taken_for_the_layers():
+    """Two layers of one size, named in the other order: the labels must follow."""
+    model, data, likelihood = make_case(
+        "alike", lambda: nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)), (3,)
+    )
+    F = fl.Fisher(model, data, likelihood=likelihood)
+    own = {"last": F.layout.index_of("2"), "first": F.layout.index_of("0")}
+    check(F, reference.fisher(model, data, likelihood), fl.partition(F, own))
+    straight = fl.coupling(F, num_null=0)["block_norm"].values
+    assert np.allclose(fl.coupling(F, own, num_null=0)["block_norm"].values, straight[::-1])
+    assert abs(straight[0] / straight[1] - 1) > 0.01
+    a, b = fl.coupling(F, own, num_null=30), fl.coupling(F, "layer", num_null=30)
+    assert a["coupling"].values[0, 1] == pytest.approx(b["coupling"].values[0, 1])
 
 
 def test_many_examples_of_a_small_network():
@@ -94,20 +201,57 @@ def test_many_examples_of_a_small_network():
     g = torch.Generator().manual_seed(0)
     x = torch.randn(25_000, 3, generator=g, dtype=torch.float64)
     F = fl.Fisher(model, (x, torch.zeros(25_000, dtype=torch.long)), likelihood=likelihood)
-    check(F, F.dense(), "layer")
+    for partition in ("layer", "unit", "mbf"):
+        check(F, F.dense(), partition)
     with pytest.raises(
         MemoryBudgetError, match=r"F\.gram\(\) is a matrix of order 25000, 9\.3 GiB .* over the budget of 2\.0 GiB"
     ):
         F.gram()
 
 
+def test_scores_that_are_not_kept():
+    c = case("mlp_tanh")
+    for memory, path in ((2000, "linearised"), (1000, "streamed")):
+        F = c.fisher(memory=memory)
+        assert F.plan["0"].path == path
+        for scheme in ("layer", "unit", "random"):
+            check(F, c.matrix, parts_of(F, scheme))
+        with pytest.raises(
+            MemoryBudgetError, match=r"One row per example was asked of scores that are streamed.* Use num_null=0"
+        ):
+            fl.coupling(F, num_null=5)
+
+
+def test_threads_do_not_matter():
+    F = case("mlp_tanh").fisher()
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(fl.coupling(F, "unit", num_null=30))
+    finally:
+        torch.set_num_threads(before)
+    for name in ("coupling", "noise_floor", "block_norm"):
+        assert np.allclose(found[0][name], found[1][name], rtol=1e-12, atol=1e-12)
+    for name in ("p_value", "p_adjusted", "q_value"):
+        assert np.array_equal(found[0][name], found[1][name], equal_nan=True)
+
+
 def test_couplings_that_fit_in_no_way(monkeypatch):
     F = case("mlp_tanh").fisher()
-    F.memory, F.scores.rows, F.scores.size = 10**6, 10**6, 10**6
+    monkeypatch.setattr(ways, "_LEAST", 100)
     with pytest.raises(
-        MemoryBudgetError, match=r"couplings of 3 blocks need at least .* over the budget of 976\.6 KiB"
+        MemoryBudgetError, match=r"couplings of 13 blocks need at least .* over the budget of 50 B.*num_sketches=8"
     ):
-        fl.coupling(F, num_null=0)
+        ways.block_norms(F.scores, fl.partition(F, "unit"), 50)
+    model, data, likelihood = make_case("wide", lambda: nn.Linear(29, 24), (29,), n=3)
+    F = fl.Fisher(model, data, likelihood=likelihood, memory="16MiB")
+    with pytest.raises(
+        MemoryBudgetError,
+        match=r"result for 720 blocks, 5 matrices of 720 by 720 numbers.* takes 19\.8 MiB, over the budget of 16\.0 MiB",
+    ):
+        fl.coupling(F, "diagonal", num_null=0)
 
 
 def test_float32():
@@ -182,117 +326,7 @@ def test_noise_floor_is_the_coupling_of_mixed_rows():
     assert torch.stack(squares).mean().item() == pytest.approx(floor**2, rel=0.02)
 
 
-# --- p-values --------------------------------------------------------------------------------------------------------
-
-
-class Heads(nn.Module):
-    """Two layers side by side: each with inputs and an output of its own, or added to one output."""
-
-    def __init__(self, planted: bool):
-        super().__init__()
-        self.left, self.right, self.planted = nn.Linear(3, 1), nn.Linear(3, 1), planted
-
-    def forward(self, x: Tensor) -> Tensor:
-        left, right = self.left(x[:, :3]), self.right(x[:, 3:])
-        return left + right if self.planted else torch.cat([left, right], 1)
-
-
-def two_heads(seed: int, planted: bool = False, n: int = 24) -> fl.Fisher:
-    g = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        model = fill(Heads(planted).double(), g)
-    x = torch.randn(n, 6, generator=g, dtype=torch.float64)
-    if planted:
-        x[:, 3:] = x[:, :3] + 0.5 * x[:, 3:]
-    return fl.Fisher(model, (x, torch.zeros(n, 1 if planted else 2, dtype=torch.float64)), likelihood="gaussian")
-
-
-def test_independent_blocks_are_found_at_the_nominal_rate():
-    """Uniform p-values: neither too many small ones, nor none."""
-    p = np.array([fl.coupling(two_heads(s), num_null=39, seed=s)["p_value"].values[0, 1] for s in range(200)])
-    assert p.min() >= 1 / 40
-    for level in (0.05, 0.25, 0.5, 0.75):
-        expected, spread = 200 * level, (200 * level * (1 - level)) ** 0.5
-        assert abs((p <= level + 1e-9).sum() - expected) < 3.5 * spread, level
-
-
-def test_planted_couplings_are_found():
-    found = [fl.coupling(two_heads(s, planted=True), num_null=99, seed=s) for s in range(20)]
-    p = np.array([ds["p_value"].values[0, 1] for ds in found])
-    assert np.mean(p <= 0.05) > 0.9
-    assert all(ds["coupling"].values[0, 1] > ds["noise_floor"].values[0, 1] for ds in found)
-    apart = [fl.coupling(two_heads(s), num_null=0)["coupling"].values[0, 1] for s in range(5)]
-    assert max(apart) < 1e-7  # exactly no coupling in the exact Fisher
-
-
-def test_layers_of_one_network_are_coupled():
-    model, (x, y), likelihood = make_case(
-        "coupled", lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), (4,), n=60
-    )
-    ds = fl.coupling(fl.Fisher(model, (x, y), likelihood=likelihood), num_null=99)
-    assert ds["p_value"].values[0, 1] <= 0.02
-    assert ds["coupling"].values[0, 1] > 2 * ds["noise_floor"].values[0, 1]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_adjusted_values_and_repeatability(kind):
-    F = case("mlp_tanh", kind).fisher()
-    a, b, c = (fl.coupling(F, "parameter", num_null=60, seed=s) for s in (1, 1, 2))
-    off = ~np.eye(6, dtype=bool)
-    for ds in (a, c):
-        p, adjusted = ds["p_value"].values, ds["p_adjusted"].values
-        assert np.isnan(np.diag(p)).all()
-        assert np.array_equal(p[off], p.T[off])
-        assert (adjusted[off] >= p[off]).all()
-        assert ((p[off] >= 1 / 61) & (adjusted[off] <= 1)).all()
-        assert np.allclose(p[off] * 61, np.round(p[off] * 61))
-    assert a.drop_attrs().equals(b.drop_attrs())
-    assert not np.array_equal(a["p_value"].values[off], c["p_value"].values[off])
-    assert np.array_equal(a["coupling"].values, c["coupling"].values)
-
-
-def test_adjusted_values_control_the_whole_family():
-    """Four independent heads, six pairs: the smallest adjusted value is small as often as a single p-value may be."""
-
-    class Four(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.heads = nn.ModuleList(nn.Linear(2, 1) for _ in range(4))
-
-        def forward(self, x):
-            return torch.cat([head(part) for head, part in zip(self.heads, x.split(2, 1), strict=True)], 1)
-
-    smallest, raw = [], []
-    for seed in range(120):
-        g = torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng(devices=[]):
-            model = fill(Four().double(), g)
-        x = torch.randn(20, 8, generator=g, dtype=torch.float64)
-        F = fl.Fisher(model, (x, torch.zeros(20, 4, dtype=torch.float64)), likelihood="gaussian")
-        ds = fl.coupling(F, num_null=39, seed=seed)
-        smallest.append(np.nanmin(ds["p_adjusted"].values))
-        raw.append(np.nanmin(ds["p_value"].values))
-    hits, raw_hits = (np.array(smallest) <= 0.1).sum(), (np.array(raw) <= 0.1).sum()
-    assert hits < 12 + 3.5 * (120 * 0.09) ** 0.5
-    assert raw_hits > 30 > hits
-
-
-def test_permutations_are_those_of_the_definition():
-    """p-values again, from the reference's permuted blocks."""
-    F = two_heads(3, n=9)
-    sample = F.single_sample(7)
-    U = sample.rows_at(torch.arange(9))
-    generator = torch.Generator().manual_seed(7)
-    blocks = [torch.arange(4), torch.arange(4, 8)]
-
-    def squared(order):
-        # U_iᵀ Π U_j: the norm of the block of the permuted matrix
-        return reference.permuted_block(U, 1.0, *blocks, order).square().sum()
-
-    null = torch.stack([squared(torch.randperm(9, generator=generator)) for _ in range(30)])
-    expected = (1 + (null >= squared(torch.arange(9)) - 1e-12).sum().item()) / 31
-    found = fl.coupling(F, num_null=30, seed=7)
-    assert found["p_value"].values[0, 1] == pytest.approx(expected)
+# --- what is special and what is refused -------------------------------------------------------------------------------
 
 
 def test_single_blocks_and_single_examples():
