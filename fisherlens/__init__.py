@@ -7,7 +7,7 @@ from typing import Any
 
 from fisherlens import errors, optim
 from fisherlens._version import __version__
-from fisherlens.approximations import BlockDiagonal
+from fisherlens.approximations import EKFAC, KFAC, BlockDiagonal
 from fisherlens.coupling import coupling, dependence, spatial_coupling
 from fisherlens.errors import (
     ConvergenceWarning,
@@ -78,6 +78,8 @@ __all__ = [  # noqa: RUF022 - grouped by topic
     "spatial_coupling",
     "independence",
     "BlockDiagonal",
+    "KFAC",
+    "EKFAC",
     # parameter space
     "information",
     # training

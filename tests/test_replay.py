@@ -21,9 +21,34 @@ from fisherlens.scores.replay import as_matrices, as_vectors, factor_pieces, has
 
 pytestmark = pytest.mark.filterwarnings(QUIET)
 NAMES = [
-    *("softmax_regression", "mlp_tanh", "dense_on_positions", "frozen_first_layer", "conv_stride", "conv_groups", "conv_depthwise"),
-    *("conv_everything", "conv_same", "conv_circular_same", "conv_reflect", "conv_1d", "conv_3d", "conv_one_position", "lenet"),
-    *("segmentation", "gaussian_image", "bernoulli_image", "residual", "module_used_twice", "conv_used_twice", "batchnorm_2d"),
+    *(
+        "softmax_regression",
+        "mlp_tanh",
+        "dense_on_positions",
+        "frozen_first_layer",
+        "conv_stride",
+        "conv_groups",
+        "conv_depthwise",
+    ),
+    *(
+        "conv_everything",
+        "conv_same",
+        "conv_circular_same",
+        "conv_reflect",
+        "conv_1d",
+        "conv_3d",
+        "conv_one_position",
+        "lenet",
+    ),
+    *(
+        "segmentation",
+        "gaussian_image",
+        "bernoulli_image",
+        "residual",
+        "module_used_twice",
+        "conv_used_twice",
+        "batchnorm_2d",
+    ),
 ]
 
 
@@ -153,7 +178,10 @@ def test_a_parameter_that_was_not_selected_changed(unchanged):
     F = fl.Fisher(model, data, likelihood=likelihood, kind="mc", params="0")
     with torch.no_grad():
         model[3].weight.mul_(1 + 1e-5)
-    with unchanged(model), pytest.raises(InputError, match="score rows of layer '0' .* differ from those that F kept .* build F again"):
+    with (
+        unchanged(model),
+        pytest.raises(InputError, match=r"score rows of layer '0' .* differ from those that F kept .* build F again"),
+    ):
         collected(F)
 
 
@@ -213,7 +241,7 @@ def test_restricted_copied_and_pickled():
     assert torch.equal(collected(twin)[0]["0"], truth["0"])
     other = pickle.loads(pickle.dumps(F))  # noqa: S301 - its own pickle
     assert torch.equal(collected(other, ["3"])[0]["3"], truth["3"])  # kept as factors, so no pass is needed
-    with pytest.raises(InputError, match="layer '0' need another pass .* this F was unpickled"):
+    with pytest.raises(InputError, match=r"layer '0' need another pass .* this F was unpickled"):
         collected(other)
     del model
 
