@@ -26,7 +26,9 @@ NAMES = [
     "gaussian_three_outputs",
     "residual",
 ]
-VARYING = {"natural_gradient_cosine", "decrease_ratio", "condition_number", "kl_divergence"}
+VARYING = {"natural_gradient_cosine", "metric_cosine", "decrease_ratio", "kl_divergence", "kl_divergence_sem"} | {
+    *("condition_number", "mu_max", "mu_min", "predicted_steps")
+}
 
 
 def truth(T: torch.Tensor, blocks: list, g: torch.Tensor, damping: float) -> dict[str, float]:
@@ -138,15 +140,17 @@ def test_several_dampings():
 
 
 def test_lanczos_agrees_with_the_dense_condition_number(monkeypatch):
-    """Above an order of 256 both ends come from Lanczos, to 0.1 %."""
+    """Above an order of 256 both ends come from Lanczos, to 1 %, or as exact as was asked for."""
     for name in ("mlp_tanh", "conv_groups", "residual"):
         c = case(name)
         F = c.fisher()
         exact = fl.independence(F, ["unit", "diagonal"], damping=0.01)["condition_number"]
         with monkeypatch.context() as patch:
-            patch.setattr(sys.modules["fisherlens.independence"], "DENSE_ORDER", 20)
+            patch.setattr(sys.modules["fisherlens.independence.conditioning"], "DENSE_ORDER", 20)
             found = fl.independence(F, ["unit", "diagonal"], damping=0.01)["condition_number"]
-        assert np.allclose(found, exact, rtol=2e-3)
+            close = fl.independence(F, ["unit", "diagonal"], damping=0.01, tol=1e-6)["condition_number"]
+        assert np.allclose(found, exact, rtol=1e-2)
+        assert np.allclose(close, exact, rtol=1e-6)
 
 
 def test_repeatable_and_without_trace(unchanged):
@@ -156,7 +160,7 @@ def test_repeatable_and_without_trace(unchanged):
     with unchanged(c.model):
         a, b = (fl.independence(F, ["unit", "diagonal"], damping=0.01) for _ in range(2))
     assert a.drop_attrs().equals(b.drop_attrs())
-    check(a, F, c.matrix, c.gradient, ["unit", "diagonal"], 0.01, rel=2e-3)
+    check(a, F, c.matrix, c.gradient, ["unit", "diagonal"], 0.01, rel=1e-2)
 
 
 def test_weights_and_ignored_labels():
