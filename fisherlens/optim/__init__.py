@@ -25,5 +25,10 @@
 """
 
 from fisherlens.optim.cwngd import CWNGD
+from fisherlens.optim.fngd import FNGD
+from fisherlens.optim.ngd import NGD
+from fisherlens.optim.quasidiagonal import QuasiDiagonal
+from fisherlens.optim.tengrad import TENGraD
+from fisherlens.optim.unitwise import UnitWise
 
-__all__ = ["CWNGD"]
+__all__ = ["CWNGD", "FNGD", "NGD", "QuasiDiagonal", "TENGraD", "UnitWise"]

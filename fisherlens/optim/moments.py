@@ -60,7 +60,7 @@ def layer_scores(
     return ExplicitScores(layer, [piece.reshape(n, -1) for piece in total], 1)
 
 
-def _bytes_per_example(layer: LayerInfo, calls: Sequence[Call], dtype: torch.dtype) -> int:
+def bytes_per_example(layer: LayerInfo, calls: Sequence[Call], dtype: torch.dtype) -> int:
     """Memory of one example's explicit rows and of the patches they are made of; nothing for dense factors."""
     if layer.kind == "dense":
         return 0
@@ -147,7 +147,7 @@ class BlockMoments:
             present = [layer for layer in work.layers if layer.name in calls]
             if not present:
                 continue
-            per_example = sum(_bytes_per_example(layer, calls[layer.name], like.dtype) for layer in present)
+            per_example = sum(bytes_per_example(layer, calls[layer.name], like.dtype) for layer in present)
             step = max(1, min(n, self.budget // max(1, per_example)))
             for start in range(0, n, step):
                 at = slice(start, min(start + step, n))

@@ -13,11 +13,12 @@ RETRIES = 6  # with 10, 100, ..., 10^6 times the damping; the number is our choi
 
 
 class BlockSolution(NamedTuple):
-    """Solutions ``(B, s)``, how many factorisations were repeated, and the blocks that could not be factorised."""
+    """Solutions ``(B, s)``, how many factorisations were repeated, the blocks that could not be factorised, and their λ ``(B,)``."""
 
     vectors: Tensor
     retries: int
     failed: Tensor
+    damping: Tensor
 
 
 def solve_blocks(matrices: Tensor, damping: float, vectors: Tensor) -> BlockSolution:
@@ -36,20 +37,23 @@ def solve_blocks(matrices: Tensor, damping: float, vectors: Tensor) -> BlockSolu
         m, ``(B, s)``.
     """
     if matrices.shape[-1] == 1:
-        return BlockSolution(vectors / (matrices[:, 0] + damping), 0, torch.zeros(0, dtype=torch.int64))
+        none = torch.zeros(0, dtype=torch.int64)
+        return BlockSolution(vectors / (matrices[:, 0] + damping), 0, none, vectors.new_full((len(vectors),), damping))
     step = max(1, CHUNK_BYTES // (16 * matrices[0].numel()))
     parts = [_attempt(m, damping, v) for m, v in zip(matrices.split(step), vectors.split(step), strict=True)]
     out, solved = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
     todo = (~solved).nonzero()[:, 0]
+    used = vectors.new_full((len(vectors),), damping)
     retries = 0
     for power in range(1, RETRIES + 1):
         if not len(todo):
             break
         retries += len(todo)
+        used[todo] = damping * 10**power
         out[todo], solved = _attempt(matrices[todo], damping * 10**power, vectors[todo])
         todo = todo[~solved]
     out[todo] = vectors[todo] / (damping * 10**RETRIES)
-    return BlockSolution(out, retries, todo)
+    return BlockSolution(out, retries, todo, used)
 
 
 def _attempt(matrices: Tensor, damping: float, vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,3 +64,26 @@ def _attempt(matrices: Tensor, damping: float, vectors: Tensor) -> tuple[Tensor,
     factor, info = torch.linalg.cholesky_ex(wide)
     solution = torch.cholesky_solve(vectors[:, :, None].to(dtype), factor)[:, :, 0].to(vectors.dtype)
     return solution, (info == 0) & torch.isfinite(solution).all(1)
+
+
+class KernelFactor(NamedTuple):
+    """Cholesky factor of a damped kernel in float64, the damping that it took, and how many attempts had failed."""
+
+    factor: Tensor | None
+    damping: float
+    retries: int
+
+
+def factorise(gram: Tensor, scale: float, damping: float) -> KernelFactor:
+    """Factorise scale · K + λI in float64, with 10 λ, 100 λ, …, 10^6 λ where it is not positive definite.
+
+    Where that fails too, the factor is None and the damping 10^6 λ: gradient over damping is what is left.
+    """
+    dtype = torch.float64 if gram.device.type != "mps" else gram.dtype
+    for power in range(RETRIES + 1):
+        wide = gram.to(dtype) * scale
+        wide.diagonal().add_(damping * 10**power)
+        factor, info = torch.linalg.cholesky_ex(wide)
+        if info == 0 and torch.isfinite(factor.diagonal()).all():
+            return KernelFactor(factor, damping * 10**power, power)
+    return KernelFactor(None, damping * 10**RETRIES, RETRIES)

@@ -87,6 +87,7 @@ from fisherlens.reference.network import (
     score_matrix,
     terms,
 )
+from fisherlens.reference.optim_rows import blockwise_step, fngd_step, ngd_step, reduced_rows, tengrad_step
 from fisherlens.reference.optimizers import cw_ngd_step
 
 __all__ = [
@@ -98,6 +99,7 @@ __all__ = [
     "best_kronecker_error",
     "block",
     "block_diagonal",
+    "blockwise_step",
     "by_term",
     "condition_number",
     "coupling",
@@ -113,6 +115,7 @@ __all__ = [
     "energy_noise_floor",
     "factored_damping",
     "fisher",
+    "fngd_step",
     "frobenius_norm",
     "gaussian_kl",
     "gradient",
@@ -129,14 +132,17 @@ __all__ = [
     "mc_fisher",
     "natural_gradient_cosine",
     "negative_log_likelihood",
+    "ngd_step",
     "output_fisher",
     "outputs_at",
     "permuted_block",
     "preconditioned_spectrum",
+    "reduced_rows",
     "score",
     "score_matrix",
     "solve",
     "spectrum",
+    "tengrad_step",
     "terms",
     "trace",
     "with_bias",
