@@ -9,6 +9,8 @@ from fisherlens import errors, optim
 from fisherlens._version import __version__
 from fisherlens.approximations import EKFAC, KFAC, BlockDiagonal
 from fisherlens.coupling import coupling, dependence, spatial_coupling
+from fisherlens.directions import directions
+from fisherlens.ellipse import ellipse
 from fisherlens.errors import (
     ConvergenceWarning,
     FileFormatError,
@@ -21,7 +23,7 @@ from fisherlens.errors import (
 )
 from fisherlens.fisher import Fisher
 from fisherlens.independence import independence
-from fisherlens.information import information
+from fisherlens.information import information, information_table
 from fisherlens.likelihoods import (
     Bernoulli,
     BoundLikelihood,
@@ -82,6 +84,9 @@ __all__ = [  # noqa: RUF022 - grouped by topic
     "EKFAC",
     # parameter space
     "information",
+    "information_table",
+    "directions",
+    "ellipse",
     # training
     "optim",
     "problem",

@@ -68,3 +68,7 @@ NO_SCORE_ROWS = (
     "This needs score rows, the rows of U in F = UᵀU/W, but the operator was built with kind='hessian': a Hessian is no such product and may be "
     "indefinite. Use kind='exact', 'mc' or 'empirical'. With 'hessian' there are F @ v, solve, diagonal, dense, block and fl.spectrum."
 )
+NO_DIVERGENCE = (
+    "The divergence KL(p(y | f) ‖ p(y | f')) between two outputs is needed here, but {name} does not say it. Give it a method: divergence(outputs, moved) of "
+    "an ElementwiseLikelihood, divergence(moved) of a BoundLikelihood. Or leave out model= and data=, which leaves the quadratic model alone."
+)

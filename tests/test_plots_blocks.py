@@ -236,7 +236,7 @@ def test_information_of_units_in_many_layers_and_stages():
 
 def test_information_needs_one_dim():
     message = (
-        "plot.information draws 'information' over one of the dims 'layer', 'unit', 'channel' or 'param', and 'stage' at will; "
+        "plot.information draws 'information' over one of the dims 'layer', 'unit', 'kernel', 'channel' or 'param', and 'stage' or 'step' at will; "
         "it has the dims ('layer', 'unit') here. Select one entry of the others first, with dataset.sel(...)."
     )
     with pytest.raises(InputError, match=full(message)):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherlens import errors
 from fisherlens.errors import InputError, NonFiniteError
 
 # Columns of roots that the default coefficients hold at once, in entries.
@@ -109,6 +110,13 @@ class BoundLikelihood(ABC):
             met = gap <= tolerance * torch.linalg.vector_norm(part, dim=1)
             found.append(c[..., 0].where(met, torch.nan))
         return torch.cat(found).to(scores.dtype)
+
+    def divergence(self, moved: Tensor) -> Tensor:
+        """Divergence w KL(p(y | f) ‖ p(y | f')) of every term in nat, float64 ``(N, T)``, from the bound outputs f to others f' of their shape.
+
+        What F means: for f' = f(θ + δ) the mean over terms is ½ δᵀFδ + O(δ³). A likelihood without a closed form need not give it.
+        """
+        raise InputError(errors.NO_DIVERGENCE.format(name=type(self).__name__))
 
     def observed_coefficients(self) -> Tensor | None:
         """The same for the scores at the observed labels: (N, terms) with Σ_t d_t ``observed_score(t)`` = ``loss_gradient()``.
@@ -236,3 +244,18 @@ def as_setting(value: Any, what: str) -> Tensor:
         return torch.as_tensor(value, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{what} must be a number, a list or a tensor of numbers; got {kind}: {error}.") from None
+
+
+def softmax_divergence(logits: Tensor, moved: Tensor) -> Tensor:
+    """KL(softmax(f) ‖ softmax(f')) over the last axis, from logits of both.
+
+    With t = f' - f - Σ p (f' - f) it is log Σ p eᵗ = log(1 + Σ p (eᵗ - 1 - t)), which keeps the digits that Σ p (log p - log p') of two
+    nearly equal distributions loses; where t is large, the other loses none.
+    """
+    log_p, log_q = logits.log_softmax(-1), moved.log_softmax(-1)
+    p, change = log_p.exp(), moved - logits
+    t = change - (p * change).sum(-1, keepdim=True)
+    near = t.clamp(-1, 1)
+    small = torch.log1p((p * (torch.expm1(near) - near)).sum(-1))
+    plain = (p * (log_p - log_q)).sum(-1)
+    return torch.where(t.abs().amax(-1) < 1, small, plain).clamp(min=0)

@@ -16,6 +16,7 @@ from fisherlens.likelihoods.base import (
     require_per_output,
     require_same_shape,
     require_targets,
+    softmax_divergence,
 )
 from fisherlens.likelihoods.elementwise import BoundElementwise
 
@@ -45,6 +46,12 @@ class _BoundBernoulli(BoundElementwise):
         y, ones = self._observed(), self._ones()
         found = (1 - y) * (self._logits / 2).exp() - ones * (-self._logits / 2).exp()
         return found if self._scale is None else torch.where(self._scale > 0, found / self._scale, 0)
+
+    def divergence(self, moved: Tensor) -> Tensor:
+        """See :meth:`BoundLikelihood.divergence`; an element's own weight multiplies its part."""
+        pairs = [torch.stack([f, torch.zeros_like(f)], dim=-1) for f in (self._logits, self._flat(moved))]
+        each = softmax_divergence(*(pair.double() for pair in pairs))
+        return self._summed(each)
 
     def _ones(self) -> Tensor:
         """pos_weight · y, the weight of the outcome 1: what is left of the element's weight 1 + (pos_weight - 1) y."""

@@ -9,7 +9,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from fisherlens.errors import InputError
-from fisherlens.likelihoods.base import BoundLikelihood, Likelihood, as_setting, require_finite, require_targets
+from fisherlens.likelihoods.base import (
+    BoundLikelihood,
+    Likelihood,
+    as_setting,
+    require_finite,
+    require_targets,
+    softmax_divergence,
+)
 
 
 class _BoundCategorical(BoundLikelihood):
@@ -86,6 +93,12 @@ class _BoundCategorical(BoundLikelihood):
             only[:, term] = score[:, term]
             score = only
         return self._shaped(score)
+
+    def divergence(self, moved: Tensor) -> Tensor:
+        """See :meth:`BoundLikelihood.divergence`."""
+        other = moved.detach().movedim(self._axis, -1).reshape(self._log_p.shape)
+        logits = self.outputs.movedim(self._axis, -1).reshape(self._log_p.shape)
+        return self.weight * softmax_divergence(logits.double(), other.double())
 
     def gradient_coefficients(self) -> Tensor:
         root_weight = self._root_weight.repeat_interleave(self._free, dim=1)

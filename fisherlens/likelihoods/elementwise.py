@@ -7,6 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from fisherlens import errors
 from fisherlens.errors import InputError, NonFiniteError
 from fisherlens.likelihoods.base import (
     BoundLikelihood,
@@ -68,6 +69,15 @@ class BoundElementwise(BoundLikelihood):
 
     def _scaled(self, scores: Tensor) -> Tensor:
         return scores if self._scale is None else scores * self._scale
+
+    def _flat(self, values: Tensor) -> Tensor:
+        """Values of the shape of the outputs as ``(N, elements)``."""
+        return values.detach().reshape(self._shape[0], -1)
+
+    def _summed(self, each: Tensor) -> Tensor:
+        """One term per example from its elements, ``(N, elements)`` → ``(N, 1)``, each with its own weight."""
+        each = each.double() if self._scale is None else each.double() * self._scale.double().square()
+        return each.sum(1, keepdim=True)
 
     def _observed(self) -> Tensor:
         if self._labels is None:
@@ -143,6 +153,10 @@ class ElementwiseLikelihood(Likelihood):
         depend on the device; ``uniforms`` lie strictly between 0 and 1. numpy and scipy may be used.
         """
 
+    def divergence(self, outputs: Tensor, moved: Tensor) -> Tensor:
+        """KL(p(y | f) ‖ p(y | f')) of each element in nat, both outputs and the answer of one shape; only what draws divergences asks for it."""
+        raise InputError(errors.NO_DIVERGENCE.format(name=type(self).__name__))
+
     def check_targets(self, targets: Tensor, where: str) -> None:
         """Raise InputError for labels that cannot be, counts below 0, say; ``where`` names the batch."""
 
@@ -199,6 +213,11 @@ class _BoundOwn(BoundElementwise):
     def score(self, labels: Tensor) -> Tensor:
         score = self._likelihood.score(self.outputs, labels.reshape(self._shape))
         return self._likelihood._checked("score", score, self.outputs).reshape(self._root.shape)
+
+    def divergence(self, moved: Tensor) -> Tensor:
+        """See :meth:`BoundLikelihood.divergence`."""
+        each = self._likelihood.divergence(self.outputs, moved.detach())
+        return self._summed(self._flat(self._likelihood._checked("divergence", each, self.outputs)))
 
     def sampled_coefficients(self, uniforms: Tensor) -> Tensor:
         found = super().sampled_coefficients(uniforms)

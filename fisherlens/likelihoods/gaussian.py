@@ -42,6 +42,11 @@ class _BoundGaussian(BoundElementwise):
     def coefficients(self, labels: Tensor) -> Tensor:
         return -labels
 
+    def divergence(self, moved: Tensor) -> Tensor:
+        """See :meth:`BoundLikelihood.divergence`."""
+        change = (self._flat(moved) - self._flat(self.outputs)).double()
+        return self._summed((change * self._root.double()).square() / 2)
+
 
 class Gaussian(Likelihood):
     """y ~ N(f, v I) with a fixed variance, the likelihood behind ``MSELoss``.
@@ -149,6 +154,13 @@ class _BoundHeteroscedastic(BoundElementwise):
     def coefficients(self, labels: Tensor) -> Tensor:
         z = labels.reshape(self._mean_shape)
         return torch.cat([-z, (1 - z.square()) * math.sqrt(0.5)], dim=self._axis).flatten(1)
+
+    def divergence(self, moved: Tensor) -> Tensor:
+        """See :meth:`BoundLikelihood.divergence`."""
+        (mean, h), (other, g) = (f.double().chunk(2, self._axis) for f in (self.outputs, moved.detach()))
+        s = g - h
+        each = (torch.expm1(-s) + s + (other - mean).square() * (-g).exp()) / 2
+        return each.flatten(1).sum(1, keepdim=True)
 
 
 class HeteroscedasticGaussian(Likelihood):

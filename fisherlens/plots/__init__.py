@@ -6,6 +6,9 @@ come from the ``long_name`` and ``units`` of the variables.
 
 from fisherlens.plots._coupling import coupling
 from fisherlens.plots._density import density
+from fisherlens.plots._directions import directions
+from fisherlens.plots._ellipse import ellipse
+from fisherlens.plots._filters import filters
 from fisherlens.plots._independence import independence, independence_panels
 from fisherlens.plots._information import information
 from fisherlens.plots._kinds import kinds
@@ -16,6 +19,9 @@ from fisherlens.plots._spectrum import spectrum
 __all__ = [
     "coupling",
     "density",
+    "directions",
+    "ellipse",
+    "filters",
     "independence",
     "independence_panels",
     "information",

@@ -1,7 +1,8 @@
-"""Where the information sits: bars per layer, sorted curves for units and parameters."""
+"""Where the information sits: bars per layer, sorted curves for units and parameters, maps over training."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,10 +14,12 @@ if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.axes import Axes
 
-_PLURAL = {"unit": "units", "channel": "channels", "param": "parameters"}
+_PLURAL = {"unit": "units", "kernel": "kernels", "channel": "channels", "param": "parameters"}
+_PARTS = ("layer", "unit", "kernel", "channel", "param")
+_ZERO = "#D9D9D9"  # of what tells nothing at all
 _SHARES = ("information", "share")  # variables that the share describes
 _ONE_DIM = (
-    "plot.information draws {name!r} over one of the dims 'layer', 'unit', 'channel' or 'param', and 'stage' at will; "
+    "plot.information draws {name!r} over one of the dims 'layer', 'unit', 'kernel', 'channel' or 'param', and 'stage' or 'step' at will; "
     "it has the dims {dims} here. Select one entry of the others first, with dataset.sel(...)."
 )
 _NO_LOG = (
@@ -31,20 +34,22 @@ def information(
     *,
     variable: str = "information",
     scale: str = "auto",
+    top: int | None = None,
     annotate: bool = True,
     legend: bool = True,
 ) -> Axes:
-    """Draw the information of each layer as bars, or of each unit, channel or parameter as curves sorted by size.
+    """Draw the information of each layer as bars, of each unit, kernel, channel or parameter as curves sorted by size, and of many steps as a map.
 
     The entry "all" of a layer dim is left out: it is the sum or the whole of the others. Curves are one per layer where
     the coordinate ``layer`` is present; entries that are zero have no place on a logarithmic axis and are counted in
-    the legend.
+    the legend. Over the dim ``step`` of training (results joined by ``xr.concat``) the picture is a map: a row for each part, within a layer those that
+    tell most at the last step on top, and a column for each step; grey is what tells nothing.
 
     Parameters
     ----------
     dataset
-        What :func:`fisherlens.information` returns, over ``layer``, ``unit``, ``channel`` or ``param``, and ``stage`` at
-        will (stages of training, in order).
+        What :func:`fisherlens.information` returns, over ``layer``, ``unit``, ``kernel``, ``channel`` or ``param``, and ``stage`` (stages of
+        training, in order) or ``step`` at will.
     ax
         Axes to draw on; None for those of a new figure.
     variable
@@ -52,6 +57,8 @@ def information(
     scale
         ``"linear"``, ``"log"``, or ``"auto"``: linear for bars, logarithmic for curves that span more than a factor of
         100. On a logarithmic axis, where the length of a bar means nothing, layers are drawn as points.
+    top
+        Draw this many parts, those with the largest values, as bars with their names, sorted; None for all as above.
     annotate
         Write the ``share`` behind each bar of ``information``, else the value, where the bars leave room to read it.
     legend
@@ -81,12 +88,16 @@ def information(
         caller="information",
         source=source,
         needs=(),
-        may=("layer", "unit", "channel", "param", "stage"),
+        may=(*_PARTS, "stage", "step"),
     )
-    dims = [dim for dim in array.dims if dim != "stage"]
-    if len(dims) != 1:
+    dims = [dim for dim in array.dims if dim not in ("stage", "step")]
+    if len(dims) != 1 or {"stage", "step"} <= set(array.dims):
         raise InputError(_ONE_DIM.format(name=variable, dims=array.dims))
     array = array.transpose(*dims, ...)
+    if top is not None:
+        return _top(dataset, array, str(dims[0]), ax, scale, top, legend)
+    if "step" in array.dims:
+        return _map(array, str(dims[0]), ax, scale)
     if dims == ["layer"]:
         share = dataset["share"] if annotate and variable in _SHARES and "share" in dataset else None
         return _bars(array, share, ax, scale, annotate, legend)
@@ -192,4 +203,106 @@ def _curves(dataset: xr.Dataset, array: xr.DataArray, dim: str, ax: Axes | None,
         common.name_bar(ax, shades, layers, "layer")
     elif legend:
         common.legend(ax, loc="best")
+    return ax
+
+
+def _owners(array: xr.DataArray, dim: str) -> list[str]:
+    """The layer of every part, as far as it is known."""
+    if dim == "layer" or "layer" not in array.coords:
+        return [""] * array.sizes[dim]
+    return [str(name) for name in array["layer"].values]
+
+
+def _top(
+    dataset: xr.Dataset, array: xr.DataArray, dim: str, ax: Axes | None, scale: str, top: int, legend: bool
+) -> Axes:
+    """The largest entries as bars, sorted, the colour telling the layer."""
+    from matplotlib.patches import Patch
+
+    if not isinstance(top, int) or isinstance(top, bool) or top < 1:
+        raise InputError(f"top must be an integer >= 1, the bars to draw, or None; got {top!r}.")
+    if array.ndim > 1:
+        raise InputError(_ONE_DIM.format(name=array.name, dims=array.dims))
+    values = array.values.astype(float)
+    names = common.entries(array, "param_name" if "param_name" in array.coords else dim)
+    good = [
+        place
+        for place in np.argsort(-values, kind="stable")
+        if np.isfinite(values[place]) and names[place] != common.WHOLE
+    ]
+    order = good[:top]
+    drawn = values[order]
+    if scale == "log" and not (drawn > 0).any():
+        raise InputError(_NO_LOG.format(name=array.name))
+    owners = _owners(array, dim)
+    layers = list(dict.fromkeys(owners))
+    tones = dict(zip(layers, common.colors(len(layers)), strict=True))
+    ax = common.new_axes(ax, 6.6, float(np.clip(1.2 + 0.24 * len(order), 2.6, 12.0)))
+    ax.set_ylim(len(order) - 0.45, -0.55)
+    if scale == "log":
+        ax.scatter(drawn, range(len(order)), color=[tones[owners[place]] for place in order], s=36, zorder=2)
+        ax.set_xscale("log")
+    else:
+        ax.barh(range(len(order)), drawn, height=0.78, color=[tones[owners[place]] for place in order])
+    ax.set_xlabel(common.wrap(f"{common.label(array)}, the {len(order)} largest of {len(good)}", common.span(ax, "x")))
+    common.tidy(ax, grid="x")
+    common.name_ticks(ax, "y", range(len(order)), [names[place] for place in order])
+    shown = [layer for layer in layers if layer and any(owners[place] == layer for place in order)]
+    if legend and len(layers) > 1 and len(shown) <= 12:
+        common.legend(ax, [Patch(color=tones[layer], label=layer) for layer in shown], loc="lower right", title="layer")
+    return ax
+
+
+def _map(array: xr.DataArray, dim: str, ax: Axes | None, scale: str) -> Axes:
+    """Parts by steps as a heat map, layer under layer."""
+    from matplotlib import colormaps
+    from matplotlib.colors import LogNorm, Normalize
+
+    kept = [place for place, name in enumerate(common.entries(array, dim)) if name != common.WHOLE] or [0]
+    array = array.isel({dim: kept}).transpose(dim, "step")
+    values, owners = array.values.astype(float), _owners(array, dim)
+    layers = list(dict.fromkeys(owners))
+    last = np.nan_to_num(values[:, -1], nan=-np.inf)
+    order = np.lexsort((-last, [layers.index(owner) for owner in owners])) if layers != [""] or dim != "layer" else None
+    order = np.arange(len(values)) if order is None else order
+    values = values[order]
+    positive = values[values > 0]
+    if scale == "log" and not positive.size:
+        raise InputError(_NO_LOG.format(name=array.name))
+    log = scale == "log" or (scale == "auto" and positive.size and positive.max() > 100 * positive.min())
+    rows, columns = values.shape
+    ax = common.new_axes(ax, float(np.clip(0.45 * columns + 3.0, 5.2, 9.0)), float(np.clip(0.3 * rows + 1.2, 2.6, 6.5)))
+    high = values[np.isfinite(values)].max(initial=0.0) or 1.0
+    norm = LogNorm(positive.min(), max(positive.max(), 1.01 * positive.min())) if log else Normalize(0.0, high)
+    shown = np.ma.masked_where(~(values > 0), values)
+    shades = colormaps["YlGnBu"].with_extremes(bad=_ZERO)
+    image = ax.imshow(shown, cmap=shades, norm=norm, aspect="auto", interpolation="nearest")
+    common.tidy(ax, grid=None)
+    ax.spines[:].set_visible(False)
+    common.name_ticks(
+        ax,
+        "x",
+        range(columns),
+        [f"{value:g}" if np.issubdtype(type(value), np.number) else str(value) for value in array["step"].values],
+    )
+    ax.set_xlabel("step")
+    names = [common.entries(array, dim)[place] for place in order]
+    if len(names) > 40 or dim == "param":
+        sorted_owners = [owners[place] for place in order]
+        edges = [0, *[i for i in range(1, rows) if sorted_owners[i] != sorted_owners[i - 1]], rows]
+        for edge in edges[1:-1]:
+            ax.axhline(edge - 0.5, color="white", linewidth=1.5)
+        if layers != [""]:
+            places = [(start + stop - 1) / 2 for start, stop in pairwise(edges)]
+            common.name_ticks(ax, "y", places, [sorted_owners[start] for start in edges[:-1]])
+        ax.set_ylabel(
+            f"{_PLURAL.get(dim, dim)} by layer, the largest on top" if layers != [""] else _PLURAL.get(dim, dim)
+        )
+    else:
+        common.name_ticks(ax, "y", range(rows), names)
+        ax.set_ylabel(dim)
+    bar = ax.figure.colorbar(image, ax=ax, fraction=0.046, pad=0.03)
+    bar.outline.set_visible(False)
+    bar.set_label(common.label(array) + (", grey: none" if np.ma.is_masked(shown) else ""), color=common.INK)
+    bar.ax.tick_params(labelsize=common.TICK_SIZE, color=common.FAINT, labelcolor=common.INK)
     return ax
