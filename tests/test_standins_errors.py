@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from fisher_checks import case
@@ -80,6 +82,14 @@ def test_other_layouts_of_memory(name, F):
     v = torch.randn(5, 79, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert torch.allclose(A @ v.T, A @ v.T.contiguous(), rtol=1e-13, atol=1e-15)
     assert torch.allclose(A.solve(v.T, 0.1), A.solve(v.T.contiguous(), 0.1), rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_copies(name, F):
+    A = MAKE[name](F)
+    v = torch.ones(79, dtype=torch.float64)
+    assert torch.equal(copy.deepcopy(A).solve(v, 0.1), A.solve(v, 0.1))
+    assert type(copy.copy(A)) is type(A)
 
 
 @pytest.mark.parametrize("name", MAKE)

@@ -168,9 +168,20 @@ def test_what_is_refused():
         fl.BlockDiagonal(F, "mbf", shared=True)
 
 
-def test_one_block_of_everything_is_kept_as_its_gram_matrix():
-    c = case("lenet")
+@pytest.mark.parametrize("name", ["lenet", "batchnorm_1d"])
+def test_one_block_of_everything_is_kept_on_its_smaller_side(name, monkeypatch):
+    c = case(name)
     F = c.fisher()
+    monkeypatch.setattr("fisherlens.approximations.block_diagonal._cross_rows", None)
     A = fl.BlockDiagonal(F, {"all": torch.arange(F.n_params)})
-    assert A.storage_bytes == 8 * F.scores.rows**2
+    assert A.storage_bytes == 8 * min(F.scores.rows, F.n_params) ** 2
     check_standin(A, c.matrix, c.matrix, c.vectors(), layers=False)
+
+
+def test_one_block_of_everything_with_many_rows():
+    model = nn.Sequential(nn.Linear(1, 2), nn.Tanh(), nn.Linear(2, 2)).double()
+    x = torch.randn(30, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    F = fl.Fisher(model, (x, torch.zeros(30, 2).double()), likelihood="gaussian")
+    A = fl.BlockDiagonal(F, {"all": torch.arange(10)})
+    assert A.storage_bytes == 8 * 10**2
+    assert error(A.dense(), F.dense()) < 1e-14

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,10 +12,13 @@ from torch import Tensor
 
 from fisherlens.approximations.base import Approximation
 from fisherlens.approximations.blocks import Blocks, MomentBlocks, RowBlocks, ScoreBlock
+from fisherlens.approximations.pieces import structure_of
+from fisherlens.approximations.structured import UnitBlocks, input_moments
 from fisherlens.errors import InputError, MemoryBudgetError, readable_bytes
 from fisherlens.fisher import Fisher, check_damping, require_fisher
 from fisherlens.partitions import BlockGroup, Partition
 from fisherlens.partitions import partition as make_partition
+from fisherlens.scores.base import PART
 
 
 class BlockDiagonal(Approximation):
@@ -164,6 +168,12 @@ class BlockDiagonal(Approximation):
         return f"BlockDiagonal({self.partition.scheme!r}, {self.partition.num_blocks} blocks, P={self.n_params}, {readable_bytes(self.storage_bytes)})"
 
 
+# ``help(BlockDiagonal)`` shows the arguments of __init__ rather than those that __new__ looks at.
+BlockDiagonal.__signature__ = inspect.signature(BlockDiagonal.__init__).replace(
+    parameters=list(inspect.signature(BlockDiagonal.__init__).parameters.values())[1:]
+)
+
+
 def _is_whole(F: Fisher, group: BlockGroup) -> bool:
     """Whether a group is one block with all parameters of a layer, or of the network, in order."""
     if len(group) != 1:
@@ -196,6 +206,8 @@ def _entries(F: Fisher, group: BlockGroup) -> int:
         return len(group) * group.size**2
     if _is_whole(F, group):
         return F.scores.rows**2
+    if _structure(F, group) == "units":
+        return len(group) * rows**2
     return len(group) * (rows * group.size + rows**2)
 
 
@@ -208,12 +220,26 @@ def _build(F: Fisher, group: BlockGroup) -> tuple[slice, Blocks]:
         if _is_whole(F, group):
             whole = F.scores if group.layer is None else F.scores.restrict([group.layer])
             return at, ScoreBlock(whole, F.total_weight)
+        if _structure(F, group) == "units":
+            return at, UnitBlocks(index, scores, F.total_weight)
         rows = _cross_rows(F, index) if scores is None else scores.block_rows(index)
         return at, RowBlocks(index, rows / F.total_weight**0.5)
+    if scores is None and _is_whole(F, group):
+        return at, MomentBlocks(index, F.scores.dense()[None] / F.total_weight)
     if scores is None:
         rows = _cross_rows(F, index)
         return at, MomentBlocks(index, torch.bmm(rows.mT, rows) / F.total_weight)
+    if _structure(F, group) == "inputs":
+        return at, MomentBlocks(index, input_moments(scores).div_(F.total_weight))
     return at, MomentBlocks(index, scores.moments(index).div_(F.total_weight))
+
+
+def _structure(F: Fisher, group: BlockGroup) -> str | None:
+    """``"units"`` or ``"inputs"`` where these are all of a dense layer of one position, for which contractions are known."""
+    _, index, scores = _relative(F, group)
+    if scores is None or getattr(scores, "t", None) != 1 or scores.n > PART:
+        return None
+    return structure_of(scores, index)
 
 
 def _cross_rows(F: Fisher, index: Tensor) -> Tensor:

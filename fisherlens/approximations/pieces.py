@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -135,7 +135,7 @@ def _input_norms(scores: DenseScores) -> Tensor:
     return _quadratic_forms(homogeneous_inputs(scores)[:, 0].square(), kernel, scores.n * scores.r**2)
 
 
-def _quadratic_forms(x: Tensor, kernel, width: int) -> Tensor:
+def _quadratic_forms(x: Tensor, kernel: Callable[[slice], Tensor], width: int) -> Tensor:
     """x_jᵀ K x_j for every column j, from strips of K, whose rows hold ``width`` numbers on their way."""
     total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
     step = max(1, CHUNK_BYTES // (width * x.itemsize))

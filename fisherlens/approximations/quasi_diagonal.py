@@ -36,7 +36,8 @@ class QuasiDiagonal(Approximation):
     Notes
     -----
     Source: Ollivier, *Riemannian metrics for neural networks I* (2015), undamped; the damping as above is our choice.
-    Cost: the diagonal of F and one weight gradient; one pass over streamed data each. 2 P numbers; a solve is O(P).
+    Cost: the diagonal of F and one weight gradient; one pass over streamed data each. 2 P numbers; a solve is O(P). The error within blocks
+    is a difference of squared norms, so that below about ε Σ ‖F_uu‖² it is rounding.
 
     Examples
     --------
