@@ -62,13 +62,30 @@ def commands(ctx: click.Context) -> None:
 
 _out = click.option("--out", default="report", show_default=True, metavar="DIR", help="Folder for what is written.")
 _seed = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of everything random.")
+
+
+def _own_problem(ctx: click.Context, param: click.Parameter, value: str) -> Any:
+    """Leave the name of a ready problem as it is; call ``module:factory`` for one of the user's own."""
+    if ":" not in value:
+        return value
+    from fisherlens.report.factories import own_problem
+
+    return own_problem(value)
+
+
 _problem = click.option(
     "--problem",
     "name",
     default="digits-cnn",
     show_default=True,
     metavar="NAME",
-    help="A ready problem; see `fisherlens problems`.",
+    callback=_own_problem,
+    help="A ready problem, see `fisherlens problems`, or MODULE:FACTORY, a function of yours that returns a fl.Problem.",
+)
+_data_dir = click.option(
+    "--data-dir",
+    metavar="DIR",
+    help="Folder with the data of the ready problems; by default the one that FISHERLENS_DATA names.",
 )
 _device = click.option(
     "--device",
@@ -81,6 +98,7 @@ _device = click.option(
 
 @commands.command()
 @_problem
+@_data_dir
 @click.option(
     "--model", metavar="MODULE:FACTORY", help="Your own network: a function without arguments that returns it."
 )
@@ -121,6 +139,7 @@ def report(
     model: str | None,
     data: str | None,
     likelihood: str | None,
+    data_dir: str | None,
     num_steps: int,
     **options: Any,
 ) -> None:
@@ -145,6 +164,7 @@ def report(
     from fisherlens.report import report as make_report
     from fisherlens.report.factories import call, network
     from fisherlens.report.folder import OutputFolder
+    from fisherlens.training import problem
 
     own = [
         option
@@ -157,9 +177,9 @@ def report(
             raise InputError(
                 f"Your own network needs --model, --data and --likelihood together; missing: {' and '.join(missing)}."
             )
-        for option in ("name", "num_steps", "num_seeds"):
+        for option in ("name", "data_dir", "num_steps", "num_seeds"):
             if ctx.get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE:
-                shown = {"name": "--problem", "num_steps": "--steps", "num_seeds": "--seeds"}[option]
+                shown = {"name": "--problem", "num_steps": "--steps", "num_seeds": "--seeds"}.get(option, "--data-dir")
                 raise InputError(
                     f"{shown} belongs to a ready problem, which is trained; --model is analysed as it stands. Leave one of them out."
                 )
@@ -178,7 +198,8 @@ def report(
         finally:
             place.abandon()  # nothing stays of a report that never began
     else:
-        tree = make_report(name, folder, num_steps=num_steps, command=command, **options)
+        chosen = name if data_dir is None else problem(name, data_dir=data_dir)
+        tree = make_report(chosen, folder, num_steps=num_steps, command=command, **options)
     _tell(tree, Path(folder))
 
 
@@ -204,6 +225,7 @@ def _tell(tree: xr.DataTree, folder: Path) -> None:
 
 @commands.command()
 @_problem
+@_data_dir
 @click.option(
     "-o",
     "--optimizer",
@@ -224,7 +246,15 @@ def _tell(tree: xr.DataTree, folder: Path) -> None:
 @click.option(
     "--out", default="compare", show_default=True, metavar="DIR", help="Folder for compare.nc and compare.png."
 )
-def compare(name: str, entries: tuple[str, ...], num_steps: int, num_seeds: int, batch_size: int, out: str) -> None:
+def compare(
+    name: Any,
+    data_dir: str | None,
+    entries: tuple[str, ...],
+    num_steps: int,
+    num_seeds: int,
+    batch_size: int,
+    out: str,
+) -> None:
     """Train a ready problem with several optimizers, from equal starts in equal batch order.
 
     Prints a table, and writes compare.nc (all curves) and compare.png. Ctrl-C keeps the runs that were recorded.
@@ -239,7 +269,7 @@ def compare(name: str, entries: tuple[str, ...], num_steps: int, num_seeds: int,
     from fisherlens.results import save
     from fisherlens.training import compare_optimizers, problem
 
-    chosen = problem(name)
+    chosen = problem(name, data_dir=data_dir)
     optimizers = {entry: optimizer(entry, chosen) for entry in entries}
     folder = OutputFolder(out, files=("compare.nc", "compare.png"), figures=False)
     found = compare_optimizers(chosen, optimizers, num_steps=num_steps, seeds=num_seeds, batch_size=batch_size)
@@ -256,14 +286,23 @@ def compare(name: str, entries: tuple[str, ...], num_steps: int, num_seeds: int,
 
 
 @commands.command()
-def problems() -> None:
-    """List the ready problems: name, data, network."""
+@_data_dir
+def problems(data_dir: str | None) -> None:
+    """List the ready problems: name, whether its data are here, what it is.
+
+    What is not here, and where it comes from, is said on standard error.
+
+    \b
+    Examples:
+      fisherlens problems
+      fisherlens problems --data-dir ~/data
+    """  # noqa: D301
     from fisherlens.training import problems as known
 
-    found = known()
-    width = max(map(len, found))
-    for name, description in found.items():
-        click.echo(f"{name.ljust(width)}  {description}")
+    found = known(data_dir=data_dir)
+    click.echo(str(found))
+    for line in found.reasons():
+        click.echo(f"Not here: {line}", err=True)
 
 
 # --- ends -----------------------------------------------------------------------------------------------------------

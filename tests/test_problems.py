@@ -10,6 +10,21 @@ from fisherlens.errors import InputError, NonFiniteError
 from fisherlens.likelihoods import Bernoulli, Categorical, Gaussian
 from fisherlens.training import Problem, problem, problems
 
+NAMES = [
+    "digits-mlp",
+    "digits-cnn",
+    "digits-autoencoder",
+    "fashion-mlp",
+    "fashion-cnn",
+    "mnist-lenet",
+    "mnist-autoencoder",
+    "cifar-vgg",
+    "cifar-resnet",
+    "linear-gaussian",
+    "logistic",
+    "softmax-regression",
+]
+
 
 def random_states():
     return torch.get_rng_state().numpy().tobytes(), np.random.get_state()[1].tobytes(), random.getstate()  # noqa: NPY002
@@ -50,6 +65,82 @@ def test_the_split_never_changes():
     assert torch.equal(problem("digits-cnn").train[0].flatten(1), digits.train[0])
     rows = torch.cat([digits.train[0], digits.test[0]]).unique(dim=0)
     assert len(rows) == 1797  # no picture twice, none on both sides
+
+
+def test_the_autoencoder_is_asked_for_the_grey_levels_it_sees():
+    digits = problem("digits-autoencoder")
+    x, targets = digits.train
+    assert torch.equal(x, problem("digits-mlp").train[0])
+    assert torch.equal(x, targets)
+    assert digits.likelihood == "bernoulli"
+    model = digits.model(0)
+    assert model(x[:3]).shape == (3, 64)
+    assert sum(p.numel() for p in model.parameters()) == 4744
+    x.zero_()
+    assert targets.sum() > 0
+
+
+def test_a_subset_is_balanced_and_fixed():
+    few = problem("digits-cnn", num_train=50, num_test=30)
+    assert few.train[1].bincount().tolist() == [5] * 10
+    assert few.test[1].bincount().tolist() == [3] * 10
+    assert few.description.startswith("Handwritten digits 8 x 8 (scikit-learn), 50 to train on and 30 to test: ")
+    assert few.batch_size == 50
+    assert torch.equal(few.train[0], problem("digits-cnn", num_train=50).train[0])
+    whole = problem("digits-cnn")
+    assert torch.equal(problem("digits-cnn", num_train=1437).train[0], whole.train[0])
+    rows = {bytes(image.numpy()) for image in whole.train[0]}
+    assert {bytes(image.numpy()) for image in few.train[0]} < rows
+    assert torch.equal(problem("digits-autoencoder", num_train=50).train[0], few.train[0].flatten(1))
+    assert whole.targets == {"train_loss": 0.1, "test_accuracy": 0.95}
+    assert few.targets == {}  # what was reached with all data says nothing about fifty examples
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        (
+            {"num_train": 1438},
+            InputError,
+            "num_train must be at most 1,437, the train examples of the digits; got 1,438. ",
+        ),
+        ({"num_test": 0}, InputError, "num_test must be at least 1; got 0."),
+        ({"num_test": 2.0}, TypeError, "num_test must be an int; got float 2.0."),
+        ({"num_train": True}, TypeError, "num_train must be an int; got bool True."),
+        (
+            {"version": "jpeg"},
+            InputError,
+            "version goes with data that come in several forms, those of 'cifar-vgg' and 'cifar-resnet'; got 'jpeg' for 'digits-cnn'.",
+        ),
+    ],
+)
+def test_wrong_options_are_named(options, error, text):
+    with pytest.raises(error, match=f"^{re.escape(text)}"):
+        problem("digits-cnn", **options)
+
+
+def test_a_problem_of_ones_own_goes_where_names_go():
+    own = line()
+    assert problem(own) is own
+    expected = (
+        "num_train and version goes with the name of a ready problem; got 'line', which brings its own data. Leave it out, or choose its "
+        "data where the problem is built."
+    )
+    with pytest.raises(InputError, match=f"^{re.escape(expected)}$"):
+        problem(own, num_train=3, version="jpeg")
+
+
+def test_suggestions_are_checked():
+    assert (line().batch_size, line().targets, line().known_fisher) == (64, {}, None)
+    assert line(targets={"train_loss": 1.0}, batch_size=3).targets == {"train_loss": 1.0}
+    with pytest.raises(
+        InputError, match=r"^Unknown target 'train_los'\. Did you mean 'train_loss'\? Known: 'train_loss', "
+    ):
+        line(targets={"train_los": 1.0})
+    with pytest.raises(InputError, match=r"^The target for test_loss must be a finite number; got nan\. "):
+        line(targets={"test_loss": float("nan")})
+    with pytest.raises(InputError, match=r"^batch_size must be at least 1; got 0\.$"):
+        line(batch_size=0)
 
 
 def test_each_call_gives_its_own_tensors():
@@ -134,18 +225,23 @@ def test_the_gradient_of_the_loss_is_that_of_the_bound_likelihood():
 
 def test_problems_lists_names_and_descriptions():
     listed = problems()
-    assert list(listed) == ["digits-cnn", "digits-mlp"]
-    assert listed["digits-cnn"] == problem("digits-cnn").description
+    assert set(listed) == set(NAMES)
+    for name in ("digits-cnn", "digits-autoencoder", "logistic"):
+        assert listed[name] == problem(name).description
     assert repr(problem("digits-mlp")) == f"Problem('digits-mlp': {listed['digits-mlp']})"
 
 
 def test_an_unknown_problem_names_the_nearest():
     expected = (
-        "Unknown problem 'digits-cn'. Did you mean 'digits-cnn'? Known: 'digits-cnn', 'digits-mlp'. "
+        f"Unknown problem 'digits-cn'. Did you mean 'digits-cnn'? Known: {', '.join(map(repr, NAMES))}. "
         "For your own network and data build fl.Problem(...)."
     )
     with pytest.raises(InputError, match=f"^{re.escape(expected)}$"):
         problem("digits-cn")
+    with pytest.raises(InputError, match=r"^Unknown problem 'cifar-vg'\. Did you mean 'cifar-vgg'\? "):
+        problem("cifar-vg")
+    with pytest.raises(TypeError, match=r"^A problem is a fl\.Problem or the name of a ready one; got int\.$"):
+        problem(3)
 
 
 X = torch.zeros(4, 2)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from fisherlens.errors import InputError, nearest
+from fisherlens.training import Problem
 
 _FORM = (
     "--{option} takes package.module:factory, the name of a module and of a function in it that is called without "
@@ -71,6 +72,17 @@ def network(path: str) -> nn.Module:
         raise InputError(
             f"--model {path}: the function must return a torch.nn.Module; it returned {type(found).__name__}. "
             "Return the network itself."
+        )
+    return found
+
+
+def own_problem(path: str) -> Problem:
+    """The user's own problem that ``--problem`` names."""
+    found = call(path, "problem")
+    if not isinstance(found, Problem):
+        raise InputError(
+            f"--problem {path}: the function must return a fl.Problem; it returned {type(found).__name__}. "
+            "Return fl.Problem(name, description, factory, train, test, likelihood)."
         )
     return found
 

@@ -2,224 +2,170 @@
 
 from __future__ import annotations
 
-import functools
-import random
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-
-import numpy as np
-import torch
-from torch import Tensor, nn
+from collections.abc import Mapping
 
 from fisherlens import errors
-from fisherlens.errors import InputError, NonFiniteError
-from fisherlens.likelihoods import Likelihood, as_likelihood
-from fisherlens.training.loss import mean_loss
+from fisherlens.errors import InputError
+from fisherlens.training.base import Pair, Problem, check_pair, seeded
+from fisherlens.training.folder import Where, find
+from fisherlens.training.ready import READY
+from fisherlens.training.synthetic import SYNTHETIC
 
-Pair = tuple[Tensor, Tensor]
+__all__ = ["Listing", "Pair", "Problem", "check_pair", "problem", "problems", "seeded"]
 
-
-def check_pair(data: object, what: str) -> Pair:
-    """Return ``(inputs, targets)`` after a look at their types, lengths and finiteness; ``what`` names them in errors."""
-    if not (isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)):
-        got = f"{type(data).__name__} of {len(data)}" if isinstance(data, tuple | list) else type(data).__name__
-        raise TypeError(
-            f"The {what} data must be a pair (inputs, targets) of tensors; got {got}. "
-            "Stack a data set first, for example with torch.stack over its examples."
-        )
-    inputs, targets = data
-    if inputs.ndim == 0 or targets.ndim == 0 or len(inputs) != len(targets) or len(inputs) == 0:
-        raise InputError(
-            f"The {what} data must hold one target per example and at least one example; got inputs of shape "
-            f"{tuple(inputs.shape)} and targets of shape {tuple(targets.shape)}. Examples are counted along the first axis of both."
-        )
-    for name, tensor in (("inputs", inputs), ("targets", targets)):
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            bad = (~torch.isfinite(tensor)).reshape(len(tensor), -1).any(1).nonzero()[0].item()
-            raise NonFiniteError(
-                f"The {what} {name} hold NaN or infinity, first in example {bad}. Clean or drop those examples first."
-            )
-    return inputs, targets
+_NOT_READY = (
+    "{given} goes with the name of a ready problem; got {name!r}, which brings its own data. Leave it out, or choose its data where the "
+    "problem is built."
+)
+_NO_VERSIONS = "version goes with data that come in several forms, those of 'cifar-vgg' and 'cifar-resnet'; got {version!r} for {name!r}. Leave it out."
+_NAMES = [*READY, *SYNTHETIC]
 
 
-@dataclass(frozen=True, eq=False)
-class Problem:
-    """A model factory with the data and the likelihood that belong to it.
-
-    Parameters
-    ----------
-    name
-        A short name for tables and figures.
-    description
-        One sentence: which data, which network, how many parameters.
-    factory
-        Builds a new network, ``factory() -> nn.Module``, from the global random state, which :meth:`model` seeds and restores.
-    train, test
-        Pairs ``(inputs, targets)`` of tensors with the examples along the first axis.
-    likelihood
-        A name or a fisherlens likelihood; a loss is refused.
-
-    Raises
-    ------
-    InputError: pairs of unequal length, or empty. NonFiniteError: NaN or infinity in the data. TypeError: a loss given as likelihood.
-
-    Examples
-    --------
-    >>> x = torch.linspace(-1, 1, 20)[:, None]
-    >>> line = Problem("line", "A straight line.", lambda: nn.Linear(1, 1), (x, 2 * x), (x, 2 * x), "gaussian")
-    >>> torch.equal(line.model(seed=3).weight, line.model(seed=3).weight)
-    True
-    """
-
-    name: str
-    description: str
-    factory: Callable[[], nn.Module]
-    train: Pair
-    test: Pair
-    likelihood: str | Likelihood = "categorical"
-
-    def __post_init__(self) -> None:
-        """Check the parts, so that a mistake shows here and not in the middle of a run."""
-        as_likelihood(self.likelihood)
-        check_pair(self.train, "training")
-        check_pair(self.test, "test")
-
-    def model(self, seed: int = 0) -> nn.Module:
-        """Build a new network whose initial parameters depend on ``seed`` only; global random state is restored.
-
-        The network stands as the factory left it, on the factory's device and in its mode.
-        """
-        with seeded(seed):
-            model = self.factory()
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"The factory of problem {self.name!r} must return a torch.nn.Module; got {type(model).__name__}. "
-                "Give a function without arguments that builds and returns a new network."
-            )
-        return model
-
-    def loss_fn(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean negative log-likelihood of the targets, in nat: the loss whose Fisher ``fl.Fisher`` describes."""
-        return mean_loss(as_likelihood(self.likelihood), outputs, targets)
-
-    def __repr__(self) -> str:
-        return f"Problem({self.name!r}: {self.description})"
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's global generators for the length of a block, and give their state back afterwards.
-
-    ``torch.manual_seed`` is avoided: it would also queue a seed for CUDA devices that nobody has touched yet.
-    """
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(seed)
-        if devices:
-            torch.cuda.manual_seed_all(seed)
-        yield
-
-
-@functools.cache
-def _digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Load scikit-learn's 1,797 handwritten digits as (train x, test x, train y, test y), always split the same way."""
-    state = random.getstate()
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    random.setstate(state)  # something that scikit-learn imports draws a number when it is first imported
-    images, labels = load_digits(return_X_y=True)
-    images = (images / 16).astype(np.float32)  # grey levels 0..16 become 0..1, exactly
-    return tuple(train_test_split(images, labels, test_size=360, stratify=labels, random_state=0))
-
-
-def _digits_problem(name: str, factory: Callable[[], nn.Module], shape: tuple[int, ...]) -> Problem:
-    train_x, test_x, train_y, test_y = _digits()
-    pairs = [
-        (torch.tensor(x).reshape(-1, *shape), torch.tensor(y, dtype=torch.int64))  # copies: nobody can spoil the cache
-        for x, y in ((train_x, train_y), (test_x, test_y))
-    ]
-    return Problem(name, _PROBLEMS[name][0], factory, *pairs, likelihood="categorical")
-
-
-def _digits_mlp() -> nn.Module:
-    layers = [("hidden", nn.Linear(64, 32)), ("tanh", nn.Tanh()), ("output", nn.Linear(32, 10))]
-    return nn.Sequential(OrderedDict(layers))
-
-
-def _digits_cnn() -> nn.Module:
-    # The dense layer is fed by a flattened 16 x 4 x 4 map: with 16 positions CW-NGD still cuts it per source channel.
-    layers: list[tuple[str, nn.Module]] = [
-        ("conv1", nn.Conv2d(1, 8, 3, padding=1)),
-        ("relu1", nn.ReLU()),
-        ("conv2", nn.Conv2d(8, 16, 3, padding=1)),
-        ("relu2", nn.ReLU()),
-        ("pool", nn.MaxPool2d(2)),
-        ("flatten", nn.Flatten()),
-        ("hidden", nn.Linear(256, 16)),
-        ("relu3", nn.ReLU()),
-        ("output", nn.Linear(16, 10)),
-    ]
-    return nn.Sequential(OrderedDict(layers))
-
-
-_PROBLEMS: dict[str, tuple[str, Callable[[], Problem]]] = {
-    "digits-cnn": (
-        "Handwritten digits 8 x 8 (scikit-learn, 1,437 to train on and 360 to test), 10 classes: two convolutions and two dense "
-        "layers with ReLU, 5,530 parameters.",
-        lambda: _digits_problem("digits-cnn", _digits_cnn, (1, 8, 8)),
-    ),
-    "digits-mlp": (
-        "The same digits as rows of 64 grey levels: 64-32-10 with tanh, 2,410 parameters.",
-        lambda: _digits_problem("digits-mlp", _digits_mlp, (64,)),
-    ),
-}
-
-
-def problem(name: str) -> Problem:
+def problem(
+    name: str | Problem,
+    *,
+    data_dir: Where = None,
+    num_train: int | None = None,
+    num_test: int | None = None,
+    version: str | None = None,
+    verify: bool = True,
+) -> Problem:
     """Build one of the ready problems: a model factory, training and test data, and the likelihood.
 
     Parameters
     ----------
     name
-        One of :func:`problems`, such as ``"digits-cnn"`` or ``"digits-mlp"``.
+        One of :func:`problems`, such as ``"digits-cnn"`` or ``"fashion-mlp"``. A :class:`Problem` comes back as it is.
+    data_dir
+        Folder that the data of ``"fashion-…"``, ``"mnist-…"`` and ``"cifar-…"`` are read from, by default the one that the
+        environment variable ``FISHERLENS_DATA`` names: ``fashion-mnist/`` and ``mnist/`` with the four idx files, packed or not,
+        ``cifar10/`` with ``cifar-10-batches-bin/`` or ``cifar-10-batches-py/``. torchvision's folders are found too. Nothing is
+        downloaded.
+    num_train, num_test
+        Take so many examples only: as equally many of each class as there are, always the same ones, a smaller subset part of a larger
+        one. None takes all. The synthetic problems draw any number.
+    version
+        Which form of CIFAR-10 to read where several are there: ``"binary"``, ``"python"``, ``"jpeg"`` or ``"lossless-4000"``; by
+        default the first of them that is there.
+    verify
+        Compare each file with its known checksum. False reads data of your own in the same format.
 
     Returns
     -------
-    A :class:`Problem`. Inputs are float32 in [0, 1], shape ``(N, 1, 8, 8)`` for the CNN and ``(N, 64)`` for the MLP; targets are
-    class indices. The split is stratified by class and never changes.
+    A :class:`Problem`. Its tensors are new ones with each call; files are read once per process.
+
+    ============================  ======================  ============================================================
+    problems                      inputs, float32         grey levels
+    ============================  ======================  ============================================================
+    digits-cnn                    ``(N, 1, 8, 8)``        in [0, 1]
+    digits-mlp, -autoencoder      ``(N, 64)``             in [0, 1]
+    mnist-lenet                   ``(N, 1, 28, 28)``      in [0, 1], then (x - 0.1307) / 0.3081
+    mnist-autoencoder             ``(N, 1, 28, 28)``      in [0, 1], as are its targets ``(N, 784)``
+    fashion-cnn, -mlp             ``(N, 1, 28, 28)``      in [0, 1], then (x - 0.2860) / 0.3530
+    cifar-vgg, -resnet            ``(N, 3, 32, 32)``      in [0, 1], then less (0.4914, 0.4822, 0.4465), over
+                                                          (0.2470, 0.2435, 0.2616)
+    linear-gaussian, logistic,    ``(N, 6)``, float64     not images: see :mod:`fisherlens.training.synthetic`
+    softmax-regression
+    ============================  ======================  ============================================================
+
+    Targets are class indices, and the grey levels themselves for autoencoders.
 
     Raises
     ------
-    InputError: an unknown name, with the nearest known one.
+    InputError: an unknown name, with the nearest known one; no data folder, or a file that is not in it, with where it comes from; a
+    subset larger than the data. FileFormatError: a wrong checksum; a damaged or cut file, with the place. TypeError: counts that are no
+    int.
 
     Notes
     -----
-    The digits are those that scikit-learn installs with itself (UCI "Optical Recognition of Handwritten Digits", test part):
-    nothing is downloaded. Networks and split are our choice.
+    The digits are those that scikit-learn installs with itself (UCI "Optical Recognition of Handwritten Digits", test part).
+    Means and deviations are those of the training images. ``"cifar-resnet"`` is built in training mode and holds batch
+    normalisation: a Fisher wants ``model.eval()``; report and analyses of training take an eval-mode copy by themselves. ``"jpeg"`` is
+    CIFAR-10 packed as JPEG of quality 75, with loss, and is named so in the description. ``targets`` of a problem are meant
+    for the full data, so that a subset has none. Networks: :mod:`fisherlens.training.networks` says where each comes from.
 
     Examples
     --------
     >>> digits = problem("digits-mlp")
     >>> digits.train[0].shape, digits.test[1].shape
     (torch.Size([1437, 64]), torch.Size([360]))
+    >>> problem("digits-cnn", num_train=100).train[1].bincount().tolist()
+    [10, 10, 10, 10, 10, 10, 10, 10, 10, 10]
     """
-    if name not in _PROBLEMS:
+    options = {"data_dir": data_dir, "num_train": num_train, "num_test": num_test, "version": version}
+    if isinstance(name, Problem):
+        given = [option for option, value in options.items() if value is not None]
+        if given:
+            raise InputError(_NOT_READY.format(given=" and ".join(given), name=name.name))
+        return name
+    if not isinstance(name, str):
+        raise TypeError(f"A problem is a fl.Problem or the name of a ready one; got {type(name).__name__}.")
+    if name not in _NAMES:
         raise InputError(
-            errors.UNKNOWN_NAME.format(what="problem", name=name, hint=errors.nearest(name, _PROBLEMS))
+            errors.UNKNOWN_NAME.format(what="problem", name=name, hint=errors.nearest(name, _NAMES))
             + " For your own network and data build fl.Problem(...)."
         )
-    return _PROBLEMS[name][1]()
+    if version is not None and not name.startswith("cifar-"):
+        raise InputError(_NO_VERSIONS.format(version=version, name=name))
+    if name in SYNTHETIC:
+        return SYNTHETIC[name].build(num_train, num_test)
+    where = {"data_dir": data_dir, "version": version, "verify": verify}
+    return READY[name].build(name, where, (num_train, num_test))
 
 
-def problems() -> dict[str, str]:
-    """List the ready problems as a dict name → description, without loading any data.
+class Listing(dict[str, str]):
+    """Names and descriptions of the ready problems. Prints as a table.
+
+    Attributes
+    ----------
+    missing : dict
+        Name → why its data are not available here; the problems that are not in it can be built.
+    """
+
+    def __init__(self, descriptions: Mapping[str, str], missing: Mapping[str, str]):
+        super().__init__(descriptions)
+        self.missing = dict(missing)
+
+    def __repr__(self) -> str:
+        width = max(map(len, self), default=0)
+        rows = [(name, "not here" if name in self.missing else "ready", text) for name, text in self.items()]
+        return "\n".join(f"{name.ljust(width)}  {state.ljust(8)}  {text}" for name, state, text in rows)
+
+    def reasons(self) -> list[str]:
+        """Why data are not here, one line for the problems that share a reason."""
+        shared: dict[str, list[str]] = {}
+        for name, why in self.missing.items():
+            shared.setdefault(why, []).append(name)
+        return [f"{', '.join(names)}: {why}" for why, names in shared.items()]
+
+
+def problems(*, data_dir: Where = None) -> Listing:
+    """List the ready problems: their names, what they are, and whether their data are available here. No data are loaded.
+
+    Parameters
+    ----------
+    data_dir
+        As for :func:`problem`.
+
+    Returns
+    -------
+    A dict name → description that prints as a table. Its ``missing`` is a dict name → reason for the problems whose data are
+    not available here; the files of the others are there, but not looked into.
 
     Examples
     --------
-    >>> list(problems())
-    ['digits-cnn', 'digits-mlp']
+    >>> listed = problems()
+    >>> listed["digits-cnn"]
+    'Handwritten digits 8 x 8 (scikit-learn), 1,437 to train on and 360 to test: two convolutions and two dense layers with ReLU, 5,530 parameters.'
+    >>> "digits-cnn" in listed.missing
+    False
     """
-    return {name: description for name, (description, _) in _PROBLEMS.items()}
+    descriptions, missing = {}, {}
+    for name, ready in READY.items():
+        descriptions[name] = ready.describe()
+        if ready.data is not None:
+            try:
+                find(ready.data, data_dir)
+            except InputError as error:
+                missing[name] = str(error)
+    return Listing(descriptions | {name: entry.describe() for name, entry in SYNTHETIC.items()}, missing)
