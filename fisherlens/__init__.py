@@ -7,7 +7,7 @@ from typing import Any
 
 from fisherlens import errors, optim
 from fisherlens._version import __version__
-from fisherlens.approximations import EKFAC, KFAC, BlockDiagonal
+from fisherlens.approximations import EKFAC, KFAC, BlockDiagonal, Diagonal, LowRank, ProjectedKFAC, QuasiDiagonal
 from fisherlens.coupling import coupling, dependence, spatial_coupling
 from fisherlens.directions import directions
 from fisherlens.ellipse import ellipse
@@ -82,6 +82,10 @@ __all__ = [  # noqa: RUF022 - grouped by topic
     "BlockDiagonal",
     "KFAC",
     "EKFAC",
+    "Diagonal",
+    "QuasiDiagonal",
+    "LowRank",
+    "ProjectedKFAC",
     # parameter space
     "information",
     "information_table",

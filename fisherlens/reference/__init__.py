@@ -46,14 +46,14 @@ from fisherlens.reference.blocks import (
     permuted_block,
     preconditioned_spectrum,
 )
-from fisherlens.reference.kronecker import (
-    best_kronecker_error,
-    ekfac_block,
-    factored_damping,
-    inputs_and_scores,
-    kronecker_block,
-    kronecker_factors,
-    with_bias,
+from fisherlens.reference.dependence import (
+    distance_correlation,
+    false_discovery,
+    hsic,
+    position_coupling,
+    position_traces,
+    u_centred,
+    u_product,
 )
 from fisherlens.reference.directions import (
     block_share,
@@ -64,6 +64,15 @@ from fisherlens.reference.directions import (
     plane_metric,
     projector,
     share_of_trace,
+)
+from fisherlens.reference.kronecker import (
+    best_kronecker_error,
+    ekfac_block,
+    factored_damping,
+    inputs_and_scores,
+    kronecker_block,
+    kronecker_factors,
+    with_bias,
 )
 from fisherlens.reference.matrix import (
     damped,
@@ -99,6 +108,7 @@ from fisherlens.reference.network import (
 )
 from fisherlens.reference.optim_rows import blockwise_step, fngd_step, ngd_step, reduced_rows, tengrad_step
 from fisherlens.reference.optimizers import cw_ngd_step
+from fisherlens.reference.standins import low_rank, projected_factor, quasi_diagonal, shared_blocks
 
 __all__ = [
     "Blocks",
@@ -120,20 +130,23 @@ __all__ = [
     "decrease_ratio",
     "determined",
     "diagonal",
+    "distance_correlation",
     "effective_dimension",
     "eigenvectors",
-    "ellipse_semi_axes",
     "ekfac_block",
+    "ellipse_semi_axes",
     "empirical_fisher",
     "energy_captured",
     "energy_noise_floor",
     "factored_damping",
+    "false_discovery",
     "fisher",
     "fngd_step",
     "frobenius_norm",
     "gaussian_kl",
     "gradient",
     "gram",
+    "hsic",
     "information",
     "inputs_and_scores",
     "jacobian",
@@ -143,6 +156,7 @@ __all__ = [
     "labels_by_term",
     "log_determinant",
     "log_probability",
+    "low_rank",
     "mc_fisher",
     "natural_gradient_cosine",
     "negative_log_likelihood",
@@ -152,16 +166,23 @@ __all__ = [
     "participation",
     "permuted_block",
     "plane_metric",
+    "position_coupling",
+    "position_traces",
     "preconditioned_spectrum",
+    "projected_factor",
     "projector",
+    "quasi_diagonal",
     "reduced_rows",
     "score",
     "score_matrix",
     "share_of_trace",
+    "shared_blocks",
     "solve",
     "spectrum",
     "tengrad_step",
     "terms",
     "trace",
+    "u_centred",
+    "u_product",
     "with_bias",
 ]
