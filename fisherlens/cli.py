@@ -87,6 +87,23 @@ _data_dir = click.option(
     metavar="DIR",
     help="Folder with the data of the ready problems; by default the one that FISHERLENS_DATA names.",
 )
+
+
+def _data(command: Any) -> Any:
+    """Options that choose the data of a ready problem."""
+    for part, what in (("test", "judge on"), ("train", "train on")):
+        command = click.option(
+            f"--num-{part}",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help=f"Examples to {what}, equally many of each class; by default all.",
+        )(command)
+    return _data_dir(command)
+
+
+_DATA = {"data_dir": "--data-dir", "num_train": "--num-train", "num_test": "--num-test"}
+
+
 _device = click.option(
     "--device",
     default="auto",
@@ -98,7 +115,7 @@ _device = click.option(
 
 @commands.command()
 @_problem
-@_data_dir
+@_data
 @click.option(
     "--model", metavar="MODULE:FACTORY", help="Your own network: a function without arguments that returns it."
 )
@@ -139,7 +156,6 @@ def report(
     model: str | None,
     data: str | None,
     likelihood: str | None,
-    data_dir: str | None,
     num_steps: int,
     **options: Any,
 ) -> None:
@@ -177,13 +193,13 @@ def report(
             raise InputError(
                 f"Your own network needs --model, --data and --likelihood together; missing: {' and '.join(missing)}."
             )
-        for option in ("name", "data_dir", "num_steps", "num_seeds"):
+        belong = {"name": "--problem", "num_steps": "--steps", "num_seeds": "--seeds"} | _DATA
+        for option, shown in belong.items():
             if ctx.get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE:
-                shown = {"name": "--problem", "num_steps": "--steps", "num_seeds": "--seeds"}.get(option, "--data-dir")
                 raise InputError(
                     f"{shown} belongs to a ready problem, which is trained; --model is analysed as it stands. Leave one of them out."
                 )
-    folder = options.pop("out")
+    folder, choice = options.pop("out"), _taken(options)
     command = shlex.join(["fisherlens", *sys.argv[1:]])
     if own:
         as_likelihood(
@@ -198,9 +214,15 @@ def report(
         finally:
             place.abandon()  # nothing stays of a report that never began
     else:
-        chosen = name if data_dir is None else problem(name, data_dir=data_dir)
+        chosen = problem(name, **choice) if choice else name
         tree = make_report(chosen, folder, num_steps=num_steps, command=command, **options)
     _tell(tree, Path(folder))
+
+
+def _taken(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of :func:`_data` that were given; they leave ``options``."""
+    taken = {option: options.pop(option) for option in _DATA}
+    return {option: value for option, value in taken.items() if value is not None}
 
 
 def _tell(tree: xr.DataTree, folder: Path) -> None:
@@ -225,7 +247,7 @@ def _tell(tree: xr.DataTree, folder: Path) -> None:
 
 @commands.command()
 @_problem
-@_data_dir
+@_data
 @click.option(
     "-o",
     "--optimizer",
@@ -247,13 +269,7 @@ def _tell(tree: xr.DataTree, folder: Path) -> None:
     "--out", default="compare", show_default=True, metavar="DIR", help="Folder for compare.nc and compare.png."
 )
 def compare(
-    name: Any,
-    data_dir: str | None,
-    entries: tuple[str, ...],
-    num_steps: int,
-    num_seeds: int,
-    batch_size: int,
-    out: str,
+    name: Any, entries: tuple[str, ...], num_steps: int, num_seeds: int, batch_size: int, out: str, **choice: Any
 ) -> None:
     """Train a ready problem with several optimizers, from equal starts in equal batch order.
 
@@ -269,7 +285,7 @@ def compare(
     from fisherlens.results import save
     from fisherlens.training import compare_optimizers, problem
 
-    chosen = problem(name, data_dir=data_dir)
+    chosen = problem(name, **_taken(choice))
     optimizers = {entry: optimizer(entry, chosen) for entry in entries}
     folder = OutputFolder(out, files=("compare.nc", "compare.png"), figures=False)
     found = compare_optimizers(chosen, optimizers, num_steps=num_steps, seeds=num_seeds, batch_size=batch_size)

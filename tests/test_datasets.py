@@ -508,6 +508,14 @@ def test_the_list_says_what_is_not_here(data, monkeypatch):
     assert re.search(r"^cifar-vgg +not here  CIFAR-10 32 x 32, 50,000", rows["cifar-vgg"])
     reasons = listed.reasons()
     assert [reason.split(":")[0] for reason in reasons] == ["fashion-mlp, fashion-cnn", "cifar-vgg, cifar-resnet"]
+    write_jpeg_archive(data / "cifar10")
+    assert problems(data_dir=data)["cifar-vgg"].startswith(
+        "CIFAR-10 (JPEG q75) 32 x 32, 50,000 to train on and 10,000 "
+    )
+    (data / "cifar10" / "cifar10_jpegbytes.npz").rename(data / "cifar10" / "cifar10_lossless_first4000.npz")
+    few = problems(data_dir=data)["cifar-resnet"]
+    assert few.startswith("CIFAR-10 (first 4,000 training images) 32 x 32, 3,500 to train on and 500 to test: ")
+    (data / "cifar10" / "cifar10_lossless_first4000.npz").unlink()
     monkeypatch.setenv("FISHERLENS_DATA", str(data))
     assert problems().missing == {
         name: why.replace("(data_dir)", "(FISHERLENS_DATA)") for name, why in listed.missing.items()
@@ -563,6 +571,7 @@ def test_the_real_idx_files(name, first_labels, per_class):
     grey = np.arange(256) / 255
     mean = levels @ grey  # the mean and deviation on record are those of these images
     assert (round(mean, 4), round((levels @ (grey - mean) ** 2) ** 0.5, 4)) == (known.mean[0], known.std[0])
+    assert problem(name, data_dir=REAL).description == problems(data_dir=REAL)[name]
     few = problem(name, data_dir=REAL, num_train=200, num_test=100)
     assert few.train[1].bincount().tolist() == [20] * 10
     assert few.test[1].bincount().tolist() == [10] * 10

@@ -123,8 +123,8 @@ def test_a_problem_of_ones_own_goes_where_names_go():
     own = line()
     assert problem(own) is own
     expected = (
-        "num_train and version goes with the name of a ready problem; got 'line', which brings its own data. Leave it out, or choose its "
-        "data where the problem is built."
+        "num_train chooses data of a ready problem, and 'line' brings its own. Leave it out, or choose the data where the problem is "
+        "built."
     )
     with pytest.raises(InputError, match=f"^{re.escape(expected)}$"):
         problem(own, num_train=3, version="jpeg")

@@ -84,7 +84,17 @@ def test_a_problem_of_ones_own(here, capsys):
     assert call("compare", "--problem", "my_problems:wav") == 2
     assert "module 'my_problems' has no 'wav'. Did you mean 'wave'?" in capsys.readouterr().err
     assert call("compare", "--problem", "my_problems:wave", "--data-dir", ".") == 2
-    assert "data_dir goes with the name of a ready problem; got 'wave'" in capsys.readouterr().err
+    assert "data_dir chooses data of a ready problem, and 'wave' brings its own." in capsys.readouterr().err
+
+
+def test_a_subset_goes_into_a_comparison(here, capsys):
+    options = ("--num-train", "40", "--num-test", "30", "-o", "sgd", "--steps", "2", "--seeds", "1")
+    assert call("compare", "--problem", "digits-mlp", *options) == 0
+    attrs = fl.load(here / "compare" / "compare.nc").attrs
+    assert attrs["n_data"] == 40
+    assert '"n_test": 30' in attrs["settings"]
+    assert call("compare", "--problem", "digits-mlp", "--num-train", "2000") == 2
+    assert "num_train must be at most 1,437, the train examples of the digits; got 2,000." in capsys.readouterr().err
 
 
 def test_report_takes_both(here, monkeypatch):
@@ -97,7 +107,10 @@ def test_report_takes_both(here, monkeypatch):
     monkeypatch.setattr(sys.modules["fisherlens.report"], "report", fake)
     assert call("report", "--problem", "my_problems:wave") == 130
     assert call("report", "--data-dir", ".") == 130
-    assert [subject.name for subject in seen] == ["wave", "digits-cnn"]
+    assert call("report", "--num-train", "30", "--num-test", "20") == 130
+    assert [subject.name for subject in seen] == ["wave", "digits-cnn", "digits-cnn"]
+    assert [len(subject.train[0]) for subject in seen] == [40, 1437, 30]
+    assert len(seen[-1].test[0]) == 20
 
 
 def test_a_folder_and_a_model_of_ones_own_exclude_each_other(here, capsys):

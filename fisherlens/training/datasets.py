@@ -128,6 +128,7 @@ CIFAR10 = DataSet(
             ("cifar10",),
             ("cifar10_lossless_first4000.npz",),
             _read_lossless,
+            (3500, 500),
         ),
     ),
     (0.4914, 0.4822, 0.4465),

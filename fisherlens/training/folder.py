@@ -49,7 +49,8 @@ class Part:
 class Form:
     """A form in which a data set may lie in a data folder.
 
-    ``name`` is what ``version=`` calls it, ``title`` what pages call the data; ``folders`` are looked through in their order.
+    ``name`` is what ``version=`` calls it, ``title`` what pages call the data; ``folders`` are looked through in their order; ``sizes``
+    are the examples of both halves where they are fewer than usual.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Form:
     folders: tuple[str, ...]
     files: tuple[str, ...]
     read: Callable[[Files], tuple[Part, Part]]
+    sizes: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

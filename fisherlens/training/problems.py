@@ -13,10 +13,7 @@ from fisherlens.training.synthetic import SYNTHETIC
 
 __all__ = ["Listing", "Pair", "Problem", "check_pair", "problem", "problems", "seeded"]
 
-_NOT_READY = (
-    "{given} goes with the name of a ready problem; got {name!r}, which brings its own data. Leave it out, or choose its data where the "
-    "problem is built."
-)
+_NOT_READY = "{given} chooses data of a ready problem, and {name!r} brings its own. Leave it out, or choose the data where the problem is built."
 _NO_VERSIONS = "version goes with data that come in several forms, those of 'cifar-vgg' and 'cifar-resnet'; got {version!r} for {name!r}. Leave it out."
 _NAMES = [*READY, *SYNTHETIC]
 
@@ -96,7 +93,7 @@ def problem(
     if isinstance(name, Problem):
         given = [option for option, value in options.items() if value is not None]
         if given:
-            raise InputError(_NOT_READY.format(given=" and ".join(given), name=name.name))
+            raise InputError(_NOT_READY.format(given=given[0], name=name.name))
         return name
     if not isinstance(name, str):
         raise TypeError(f"A problem is a fl.Problem or the name of a ready one; got {type(name).__name__}.")
@@ -162,10 +159,11 @@ def problems(*, data_dir: Where = None) -> Listing:
     """
     descriptions, missing = {}, {}
     for name, ready in READY.items():
-        descriptions[name] = ready.describe()
+        form = None
         if ready.data is not None:
             try:
-                find(ready.data, data_dir)
+                form, _ = find(ready.data, data_dir)
             except InputError as error:
                 missing[name] = str(error)
+        descriptions[name] = ready.describe(form)
     return Listing(descriptions | {name: entry.describe() for name, entry in SYNTHETIC.items()}, missing)

@@ -13,7 +13,7 @@ from torch import nn
 from fisherlens.training import datasets, networks
 from fisherlens.training.base import Pair, Problem
 from fisherlens.training.datasets import CIFAR10, FASHION_MNIST, MNIST
-from fisherlens.training.folder import DataSet, Part, load
+from fisherlens.training.folder import DataSet, Form, Part, load
 from fisherlens.training.subsets import take
 
 
@@ -31,17 +31,18 @@ class Ready:
     batch_size: int = 64
     targets: Mapping[str, float] = field(default_factory=dict)
 
-    def describe(self, title: str | None = None, sizes: tuple[int, int] | None = None) -> str:
-        train, test = sizes or self.sizes
-        return f"{title or self.title}, {train:,} to train on and {test:,} to test: {self.about}."
+    def describe(self, form: Form | None = None, sizes: tuple[int, int] | None = None) -> str:
+        """One sentence; ``form`` is the one in which the data are there."""
+        train, test = sizes or (form.sizes if form else None) or self.sizes
+        title = self.title.replace(self.data.name, form.title, 1) if self.data and form else self.title
+        return f"{title}, {train:,} to train on and {test:,} to test: {self.about}."
 
     def build(self, name: str, where: Mapping[str, Any], counts: tuple[int | None, int | None]) -> Problem:
         """Take the data, all of them or a subset, and put the problem together."""
         if self.data is None:
-            title, pairs = self.title, self._digits(counts)
+            form, pairs = None, self._digits(counts)
         else:
             form, *parts = load(self.data, **where)
-            title = form.title + self.title.removeprefix(self.data.name)
             pairs = [
                 self._images(self.data, part, take(part.labels, count, half, form.title))
                 for part, count, half in zip(parts, counts, ("train", "test"), strict=True)
@@ -50,7 +51,7 @@ class Ready:
         whole = sizes == self.sizes  # what a run can reach on a part of the data is not known
         return Problem(
             name,
-            self.describe(title, sizes),
+            self.describe(form, sizes),
             self.factory,
             *pairs,
             likelihood=self.likelihood,
