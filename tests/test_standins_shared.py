@@ -153,6 +153,25 @@ def test_a_wide_layer_keeps_one_small_matrix(monkeypatch):
         assert torch.isfinite(A.solve(F.gradient(), 1e-3)).all()
 
 
+@pytest.mark.parametrize("name", ["mlp_tanh", "lenet", "dense_on_positions"])
+def test_spectra(name):
+    for variant in ("A", "B"):
+        A, groups = shared(case(name).fisher(), variant=variant)
+        twin = reference.shared_blocks(case(name).matrix, groups)
+        found = fl.spectrum(A)
+        values = torch.from_numpy(found["eigenvalue"].values)
+        assert error(values, reference.spectrum(twin)[: len(values)]) < 1e-10
+        assert int(found["num_above_noise"]) == int(torch.linalg.matrix_rank(twin, hermitian=True, rtol=1e-12))
+        by_layer = fl.spectrum(A, by="layer", vectors=True)
+        for layer in A.layout.layers:
+            own = by_layer.sel(layer=layer.name)
+            at = slice(layer.start, layer.stop)
+            truth = reference.spectrum(twin[at, at])
+            assert error(torch.from_numpy(own["eigenvalue"].values[: len(truth)]), truth) < 1e-9
+        every = fl.spectrum(A, by=A.partition)
+        assert int(every["rank_bound"].max()) <= A.partition.largest_block
+
+
 def test_what_is_refused():
     F = case("mlp_tanh").fisher()
     with pytest.raises(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fisherlens.approximations.block_diagonal import BlockDiagonal
-from fisherlens.approximations.blocks import Blocks, SharedBlocks
+from fisherlens.approximations.blocks import Blocks, MomentBlocks, SharedBlocks
 from fisherlens.approximations.pieces import score_parts, squared_block_norms, sum_of_blocks
 from fisherlens.fisher import Fisher
 from fisherlens.partitions import BlockGroup, Partition
@@ -69,6 +69,13 @@ class SharedBlockDiagonal(BlockDiagonal):
 
     def __repr__(self) -> str:
         return super().__repr__().replace("', ", "', shared, ", 1)
+
+
+def as_single_blocks(blocks: Blocks) -> Blocks:
+    """Shared blocks as a batch of single ones, which are views of one matrix; any other as they are."""
+    if not isinstance(blocks, SharedBlocks):
+        return blocks
+    return MomentBlocks(blocks.index, blocks.matrix.expand(len(blocks.index), *blocks.matrix.shape))
 
 
 def _is_shared(F: Fisher, group: BlockGroup) -> bool:

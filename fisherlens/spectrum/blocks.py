@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fisherlens.approximations.block_diagonal import BlockDiagonal
 from fisherlens.approximations.blocks import MomentBlocks, RowBlocks
+from fisherlens.approximations.shared import SharedBlockDiagonal, as_single_blocks
 from fisherlens.errors import MemoryBudgetError, readable_bytes
 from fisherlens.linalg.dense import eigenpairs, eigenvalues
 
@@ -78,15 +79,18 @@ def block_spectra(blocks: BlockDiagonal, *, vectors: bool) -> dict[str, np.ndarr
     """The columns of a :class:`BlockTable` for every block, in the partition's order."""
     eps, F = torch.finfo(blocks.dtype).eps, blocks._fisher
     pieces = [
-        (group.block_ids.numpy(), at, part) for group, (at, part) in zip(blocks._groups, blocks._parts, strict=True)
+        (group.block_ids.numpy(), at, as_single_blocks(part))
+        for group, (at, part) in zip(blocks._groups, blocks._parts, strict=True)
     ]
+    # a mean of blocks may have a higher rank than any of them
+    most = blocks.n_params if isinstance(blocks, SharedBlockDiagonal) else F.rank_bound
     length = max((_order(part) for _, _, part in pieces), default=0)
     table = BlockTable(blocks.partition.num_blocks, length, blocks.n_params, vectors=vectors, memory=F.memory)
     for ids, at, part in pieces:
         for chunk, matrices in _matrices(part):
             what = f"A block of order {matrices.shape[-1]}"
             trace = matrices.diagonal(dim1=-2, dim2=-1).sum(-1).cpu().numpy()
-            bound = min(F.rank_bound, matrices.shape[-1])
+            bound = min(most, matrices.shape[-1])
             if matrices.shape[-1] == 1 and not vectors:
                 values = eigenvalues(matrices, what) if not torch.isfinite(matrices).all() else matrices[:, 0].double()
                 table.fill(ids[chunk], values.cpu().numpy(), eps, bound, True, trace)
