@@ -76,15 +76,11 @@ class FNGD(RowMethod):
         μ in [0, 1), of the directions; decoupled decay, θ is first multiplied by 1 - lr * weight_decay.
     reduction, refresh
         How the loss combines examples, ``"mean"`` or ``"sum"``; in the first epoch, steps between new c.
-    seed
-        Not used; nothing is drawn.
-    preset
-        None or ``"paper"``, which agree as far as the text is available.
+    seed, preset
+        Not used: nothing is drawn, and ``"paper"`` agrees with None as far as the text is available.
 
     Attributes
     ----------
-    coefficients_of : dict
-        Layer name -> c̄, a copy.
     diagnostics : dict
         Counts: ``steps``, ``refreshes`` of c̄, ``retries`` (factorisations repeated with 10, 100, …, 10⁶ λ), ``fallbacks`` (layers whose
         c is 10⁻⁶/λ in that step, with a NumericalWarning).
@@ -150,6 +146,7 @@ class FNGD(RowMethod):
 
     @property
     def coefficients_of(self) -> dict[str, Tensor]:
+        """c̄ of each layer, a copy."""
         return {name: one.mean.clone() for name, one in self._coefficients.items()}
 
     def end_epoch(self) -> None:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fisherlens.errors import InputError, NonFiniteError
+from fisherlens.errors import NonFiniteError
 from fisherlens.likelihoods import Likelihood
 from fisherlens.linalg.cg import conjugate_gradients
 from fisherlens.optim import texts
+from fisherlens.optim.adaptive import AdaptiveDamping
 from fisherlens.optim.base import choice, number
 from fisherlens.optim.kernels import KernelSolve, RowMethod
 
 SOLVERS = ("auto", "kernel", "cg")
-ADAPT_EVERY, ADAPT_FACTOR = 5, 0.9**5  # the schedule of kfac-jax: every 5 steps by 0.9^5
 
 
-class NGD(RowMethod):
+class NGD(AdaptiveDamping, RowMethod):
     r"""Natural gradient descent with the Fisher matrix of the batch, all layers coupled.
 
     With u_n the score of example n over all covered layers, ḡ the mean gradient and M examples
@@ -124,7 +123,6 @@ class NGD(RowMethod):
         self.cg_tol = number("cg_tol", cg_tol, strict=True)
         self.warm_start = number("warm_start", warm_start)
         self._last: Tensor | None = None  # d of the last step, flat
-        self._predicted = 0.0
         options = {"lr": lr, "damping": damping, "momentum": momentum, "weight_decay": weight_decay, "kl_clip": kl_clip}
         shared = {"likelihood": likelihood, "labels": labels, "reduction": reduction, "refresh": refresh, "seed": seed}
         super().__init__(model, options, **shared)
@@ -171,52 +169,9 @@ class NGD(RowMethod):
         self._last = last if torch.isfinite(d).all() else self._last
         return d
 
-    # --- damping -----------------------------------------------------------------------------------------------------
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Move the parameters by one step, as described at :meth:`NaturalGradient.step`; adapts λ where that was asked for."""
-        if self.adapt_damping and closure is None:
-            raise InputError(texts.NEEDS_CLOSURE.format(name=self.name))
-        loss = super().step(closure)
-        if self.adapt_damping and self.diagnostics["steps"] % ADAPT_EVERY == 0:
-            with torch.enable_grad():
-                after = closure()
-            self._clear()  # the closure's statistics belong to no step
-            ratio = (_number(after) - _number(loss)) / self._predicted if self._predicted < 0 else -math.inf
-            group = self.param_groups[0]
-            if ratio > 0.75:
-                group["damping"] *= ADAPT_FACTOR
-            elif (
-                not ratio >= 0.25
-            ):  # also where the loss is no number any more, or the model itself foresees no decrease
-                group["damping"] /= ADAPT_FACTOR
-        return loss
-
-    def _move(self, direction: Tensor, active: set[str], options: Mapping[str, Any]) -> None:
-        if self.adapt_damping and (self.diagnostics["steps"] + 1) % ADAPT_EVERY == 0:
-            self._predicted = self._model_change(-options["lr"] * direction, active)
-        super()._move(direction, active, options)
-
-    def _model_change(self, change: Tensor, active: set[str]) -> float:
-        """ḡᵀδ + ½ δᵀ(F + λI)δ, in the units of the loss; F is I where there are no statistics."""
-        gradient, _ = self._mean_gradient()
-        moving = torch.zeros_like(change)
-        for layer in self.layout.layers:
-            moving[layer.start : layer.stop] = float(layer.name in active)
-        change, damping = change * moving, self.param_groups[0]["damping"]
-        curved = (1 + damping) * change
-        for block in self._kept.values():
-            block.write(block.product(block.of(change)[:, None])[:, 0], curved, active)
-        value = (gradient.double() @ change.double() + change.double() @ curved.double() / 2).item()
-        return value * (self._examples if self.reduction == "sum" else 1)
-
     def _state(self) -> dict[str, Any]:
         return {**super()._state(), "last": self._last}
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
         super()._load_state(state)
         self._last = state["last"]
-
-
-def _number(loss: Any) -> float:
-    return loss.item() if isinstance(loss, Tensor) else float(loss)

@@ -29,14 +29,16 @@ from fisherlens.optim.units import (
 class QuasiDiagonal(RowMethod):
     r"""Quasi-diagonal natural gradient: per unit, the diagonal of F and the products of weights with the bias, index 0.
 
-    The metric that these define has F_ij = F_0i F_0j / F_00 elsewhere. With v = (F_0j)_j, 0 included, its damped inverse is
+    The metric that these define has F_ij = F_0i F_0j / F_00 for other pairs of a unit. Its damped inverse, with r_i = F_0i / F_00 and over
+    the weights i of the unit, is
 
     .. math::
-        D_i = F_{ii} - F_{0i}^2 / F_{00} + \lambda, \qquad
-        d = D^{-1} \bar g - D^{-1} v \, \frac{v^\top D^{-1} \bar g}{F_{00} + v^\top D^{-1} v}, \qquad
+        D_i = F_{ii} - r_i F_{0i} + \lambda, \qquad
+        s = \frac{\bar g_0 + \lambda \sum_i r_i \bar g_i / D_i}{F_{00} + \lambda (1 + \sum_i r_i F_{0i} / D_i)}, \qquad
+        d_i = (\bar g_i - F_{0i} s) / D_i, \qquad d_0 = s - \sum_i r_i d_i, \qquad
         \theta \leftarrow \theta - \eta \nu d ,
 
-    which for λ = 0 is p_i = (g_i - g_0 F_0i/F_00)/(F_ii - F_0i²/F_00), p_0 = g_0/F_00 - Σ_i p_i F_0i/F_00. A layer without bias or
+    which for λ = 0 is d_i = (g_i - g_0 F_0i/F_00)/(F_ii - F_0i²/F_00), d_0 = g_0/F_00 - Σ_i d_i F_0i/F_00. A layer without bias or
     without weight has the diagonal alone. F: ρ F + (1 - ρ) of the batch's, divided by 1 - ρ^t. All other parameters: d = ḡ / (1 + λ).
 
     Parameters
@@ -166,12 +168,16 @@ class QuasiDiagonal(RowMethod):
 
 
 def _solve_units(diagonal: Tensor, row: Tensor | None, g: Tensor, damping: float) -> Tensor:
-    """(F̂ + λI)⁻¹ g of every unit, all ``(d_o, s)``; the bias is the last column of ``row``."""
+    """(F̂ + λI)⁻¹ g of every unit, all ``(d_o, s)``; the bias is the last column of ``row``. No small differences, however small λ."""
     if row is None:
         return g / (diagonal + damping)
-    corner = row[:, -1:]  # F_00; a unit whose bias has no information has none in this row either
-    safe = torch.where(corner > 0, corner, 1)
-    D = (diagonal - row.square() / safe).clamp(min=0) + damping  # the clamp takes rounding away
-    D[:, -1] = damping
-    p, q = g / D, row / D
-    return p - q * ((row * p).sum(1, keepdim=True) / (safe + (row * q).sum(1, keepdim=True)))
+    v, corner = (
+        row[:, :-1],
+        row[:, -1:],
+    )  # F_0i and F_00; a bias without information has none in common with weights either
+    r = v / torch.where(corner > 0, corner, 1)
+    D = (diagonal[:, :-1] - r * v).clamp(min=0) + damping  # the clamp takes rounding away
+    s = g[:, -1:] + damping * (r * g[:, :-1] / D).sum(1, keepdim=True)
+    s = s / (corner + damping * (1 + (r * v / D).sum(1, keepdim=True)))  # p_0 + Σ_i r_i p_i
+    p = (g[:, :-1] - v * s) / D
+    return torch.cat([p, s - (r * p).sum(1, keepdim=True)], dim=1)

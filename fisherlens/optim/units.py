@@ -9,8 +9,10 @@ from torch import Tensor
 
 from fisherlens.errors import InputError
 from fisherlens.layout import LayerInfo
+from fisherlens.linalg.dense import self_gram
 from fisherlens.optim import texts
 from fisherlens.optim.moments import ROWS_BYTES, bytes_per_example, layer_scores
+from fisherlens.optim.solve import solve_blocks
 from fisherlens.optim.tap import Pass
 from fisherlens.scores.base import CHUNK_BYTES, LayerScores
 from fisherlens.scores.dense import DenseScores
@@ -80,3 +82,33 @@ def unit_rows(scores: LayerScores) -> Iterator[tuple[slice, Tensor]]:
         else:
             pieces = [piece.view(scores.n, units, -1)[:, at] for piece in scores.pieces]
             yield at, torch.cat(pieces, dim=2).transpose(0, 1)
+
+
+def solve_by_kernels(scores: LayerScores, scale: float, g: Tensor, damping: float) -> tuple[Tensor, int, int]:
+    """(g_o - scale · X_oᵀ (scale · X_o X_oᵀ + λI)⁻¹ X_o g_o) / λ for all units, ``(d_o, s)``; retries; units without a factor.
+
+    A unit whose kernel needed more damping has that λ throughout; one without a factor moves along g_o / (10^6 λ).
+    """
+    out, retries, failed = torch.empty_like(g), 0, 0
+
+    def weights(kernels: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal retries, failed
+        found = solve_blocks(kernels, damping, z)
+        retries, failed = retries + found.retries, failed + len(found.failed)
+        found.vectors[found.failed] = 0
+        return found.vectors, found.damping[:, None]
+
+    if not has_plain_units(scores):
+        for at, rows in unit_rows(scores):
+            y, used = weights(scale * rows @ rows.mT, torch.bmm(rows, g[at, :, None])[:, :, 0])
+            out[at] = (g[at] - scale * torch.bmm(rows.mT, y[:, :, None])[:, :, 0]) / used
+        return out, retries, failed
+    a, scored = homogeneous(scores)[:, 0], scores.g[:, 0, 0]  # (n, s), (n, d_o)
+    inner, z = scale * self_gram(a), (scored * (a @ g.T)).T  # (n, n), (d_o, n)
+    step = max(1, CHUNK_BYTES // (8 * scores.n**2))
+    for start in range(0, len(g), step):
+        at = slice(start, start + step)
+        unit = scored[:, at].T  # (k, n)
+        y, used = weights(inner * unit[:, :, None] * unit[:, None], z[at])
+        out[at] = (g[at] - scale * (unit * y) @ a) / used
+    return out, retries, failed

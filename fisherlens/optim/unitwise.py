@@ -10,22 +10,19 @@ from torch import Tensor, nn
 
 from fisherlens.layout import LayerInfo
 from fisherlens.likelihoods import Likelihood
-from fisherlens.linalg.dense import self_gram
 from fisherlens.optim.base import choice, number
 from fisherlens.optim.kernels import RowMethod
 from fisherlens.optim.rows import batch_scores, owned, packed, unpacked
-from fisherlens.optim.solve import solve_blocks
 from fisherlens.optim.units import (
     by_unit,
     chunks,
-    has_plain_units,
-    homogeneous,
+    solve_by_kernels,
     unit_count,
     unit_rows,
     unit_size,
     write_units,
 )
-from fisherlens.scores.base import CHUNK_BYTES, LayerScores
+from fisherlens.scores.base import LayerScores
 from fisherlens.scores.dense import DenseScores
 from fisherlens.scores.explicit import ExplicitScores
 
@@ -166,30 +163,9 @@ class UnitWise(RowMethod):
         own["weight"] = ema * own["weight"] + 1 - ema  # 1 - rho^t
 
     def _by_kernels(self, scores: LayerScores, scale: float, g: Tensor, damping: float) -> Tensor:
-        """(ḡ_o - scale · X_oᵀ (scale · X_o X_oᵀ + λI)⁻¹ X_o ḡ_o) / λ for all units, ``(d_o, s)``."""
-        out = torch.empty_like(g)
-        if not has_plain_units(scores):
-            for at, rows in unit_rows(scores):
-                z = torch.bmm(rows, g[at, :, None])[:, :, 0]
-                y, used = self._kernel_weights(scale * rows @ rows.mT, damping, z)
-                out[at] = (g[at] - scale * torch.bmm(rows.mT, y[:, :, None])[:, :, 0]) / used[:, None]
-            return out
-        a, scored = homogeneous(scores)[:, 0], scores.g[:, 0, 0]  # (M, s), (M, d_o); row n of unit o is g_no a_n
-        inner, z = scale * self_gram(a), (scored * (a @ g.T)).T  # (M, M), (d_o, M)
-        step = max(1, CHUNK_BYTES // (8 * scores.n**2))
-        for start in range(0, len(g), step):
-            at = slice(start, start + step)
-            unit = scored[:, at].T  # (k, M)
-            y, used = self._kernel_weights(inner * unit[:, :, None] * unit[:, None], damping, z[at])
-            out[at] = (g[at] - scale * (unit * y) @ a) / used[:, None]
-        return out
-
-    def _kernel_weights(self, kernels: Tensor, damping: float, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(K_o + λI)⁻¹ z_o, zero where that failed, and the λ of each unit."""
-        found = solve_blocks(kernels, damping, z)
-        self._count(found.retries, len(found.failed), kernels.shape[1], damping)
-        found.vectors[found.failed] = 0
-        return found.vectors, found.damping
+        found, retries, failed = solve_by_kernels(scores, scale, g, damping)
+        self._count(retries, failed, scores.n, damping)
+        return found
 
     def _state(self) -> dict[str, Any]:
         kept = self._rows if self.refresh > 1 else {}
