@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from fisherlens.likelihoods import Likelihood
 from fisherlens.linalg.dense import eigenpairs
 from fisherlens.linalg.memory import Workspace
 from fisherlens.optim.averages import Averages
-from fisherlens.optim.base import choice, number
+from fisherlens.optim.base import choice
 from fisherlens.optim.factors import (
     FactorSums,
     LayerWise,
@@ -125,7 +125,7 @@ class EKFAC(LayerWise):
         reduction: str = "mean",
         refresh: int = 1,
         inverse_refresh: int = 50,
-        kl_clip: float | None = None,
+        kl_clip: float | None = 1e-2,
         seed: int = 0,
         preset: str | None = None,
     ):
@@ -138,9 +138,8 @@ class EKFAC(LayerWise):
         shared = {"likelihood": likelihood, "labels": labels, "reduction": reduction, "refresh": refresh, "seed": seed}
         super().__init__(model, options, **shared)
 
-    def _check_options(self, options: Mapping[str, Any]) -> None:
-        super()._check_options(options)
-        number("ema", options["ema"], 0.0, 1.0)
+    def _made(self) -> dict[str, Any]:
+        return {layer.name: self._new(layer, self._parameters[0]) for layer in self.covered}
 
     def _new(self, layer: LayerInfo, like: Tensor) -> EigenMoments:
         groups, d_o, d_i = matrix_shape(layer)

@@ -11,17 +11,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fisherlens.errors import NonFiniteError, NumericalWarning
+from fisherlens.errors import InputError, NonFiniteError, NumericalWarning
 from fisherlens.layout import LayerInfo
 from fisherlens.linalg.memory import Workspace
 from fisherlens.optim import texts
-from fisherlens.optim.averages import Averages
 from fisherlens.optim.base import NaturalGradient, number
 from fisherlens.optim.moments import ROWS_BYTES
 from fisherlens.optim.solve import RETRIES
 from fisherlens.optim.tap import Call, Pass
 from fisherlens.scores.base import CHUNK_BYTES
 from fisherlens.scores.conv import ConvGeometry
+
+
+def whole(name: str, value: Any) -> int:
+    """Check an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int; got {type(value).__name__} {value!r}.")
+    number(name, value, 1)
+    return value
 
 
 def matrix_shape(layer: LayerInfo) -> tuple[int, int, int]:
@@ -58,6 +65,8 @@ def positions(
     The gradient of example n is Σ_t g_nt a_ntᵀ. A convolution's T positions are its output pixels and a its patches, some examples
     at a time under ``budget`` bytes; several calls of one module stand side by side along T; a bias adds a constant 1 to a.
     """
+    if layer.weight is not None and any(call.use.modified for call in calls):
+        raise InputError(texts.WRITTEN_OVER.format(layer=layer.name))
     if layer.kind == "dense":
         yield _dense_positions(layer, calls, dtype)
         return
@@ -211,23 +220,22 @@ class LayerWise(NaturalGradient):
     _records: dict[str, Any] | None = None
 
     @abstractmethod
-    def _new(self, layer: LayerInfo, like: Tensor) -> Averages:
-        """Make the record of one layer, in the dtype and on the device of ``like``."""
+    def _made(self) -> dict[str, Any]:
+        """Make the records of all layers, in the dtype and on the device of the parameters."""
 
     def _check_method(self) -> None:
-        if isinstance(self.inverse_refresh, bool) or not isinstance(self.inverse_refresh, int):
-            got = f"{type(self.inverse_refresh).__name__} {self.inverse_refresh!r}"
-            raise TypeError(f"inverse_refresh must be an int; got {got}.")
-        number("inverse_refresh", self.inverse_refresh, 1)
+        whole("inverse_refresh", self.inverse_refresh)
         self._workspace = Workspace(limit=2 * ROWS_BYTES)
-
-    def _made(self) -> dict[str, Any]:
-        return {layer.name: self._new(layer, self._parameters[0]) for layer in self.covered}
 
     def _record_of(self, layer: LayerInfo) -> Any:
         if self._records is None:
             self._records = self._made()
         return self._records[layer.name]
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        super()._check_options(options)
+        if options["ema"] is not None:
+            number("ema", options["ema"], 0.0, 1.0)
 
     @property
     def _inverse_due(self) -> bool:
@@ -272,5 +280,3 @@ class LayerWise(NaturalGradient):
         records = self._made()
         self._restore(list(records.values()), state["averages"], "these options")
         self._records = records
-
-

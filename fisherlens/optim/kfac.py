@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fisherlens.layout import LayerInfo
@@ -14,12 +13,11 @@ from fisherlens.likelihoods import Likelihood
 from fisherlens.linalg.dense import eigenpairs
 from fisherlens.linalg.kronecker import factored_damping
 from fisherlens.optim.averages import Averages
-from fisherlens.optim.base import choice, number
+from fisherlens.optim.base import choice
 from fisherlens.optim.factors import FactorSums, LayerWise, factor_sums, matrix_of, matrix_shape, write_matrix
 from fisherlens.optim.tap import Pass
 
-FORMS = ("exact", "factored")
-POSITIONS = ("expand", "reduce")
+DAMPINGS, FORMS = ("exact", "factored"), ("expand", "reduce")
 
 
 @dataclass(eq=False)
@@ -77,7 +75,7 @@ class KFAC(LayerWise):
     damping_form
         ``"exact"``: λ is added to G ⊗ A itself; eigenvectors, 9 d³ operations per factor. ``"factored"``: each factor is
         damped apart; Cholesky factors, d³ operations.
-    positions
+    form
         ``"expand"``: every position is a row. ``"reduce"``: one row per example, the mean of its a and the sum of its g.
     reduction
         How the loss combines examples, ``"mean"`` or ``"sum"`` (the steps are the same).
@@ -108,6 +106,7 @@ class KFAC(LayerWise):
 
     Examples
     --------
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     >>> x, y = torch.randn(32, 4), torch.arange(32) % 3
@@ -133,19 +132,19 @@ class KFAC(LayerWise):
         weight_decay: float = 0.0,
         labels: str = "sampled",
         damping_form: str = "exact",
-        positions: str = "expand",
+        form: str = "expand",
         reduction: str = "mean",
         refresh: int = 1,
         inverse_refresh: int = 5,
-        kl_clip: float | None = None,
+        kl_clip: float | None = 1e-2,
         seed: int = 0,
         preset: str | None = None,
     ):
         if preset is not None:
             choice("preset", preset, ("paper",))
             damping_form = "factored"
-        self.damping_form = choice("damping_form", damping_form, FORMS)
-        self.positions = choice("positions", positions, POSITIONS)
+        self.damping_form = choice("damping_form", damping_form, DAMPINGS)
+        self.form = choice("form", form, FORMS)
         self.inverse_refresh = inverse_refresh
         self._sums: dict[str, FactorSums] = {}
         options = {"lr": lr, "damping": damping, "ema": ema, "momentum": momentum}
@@ -153,19 +152,20 @@ class KFAC(LayerWise):
         shared = {"likelihood": likelihood, "labels": labels, "reduction": reduction, "refresh": refresh, "seed": seed}
         super().__init__(model, options, **shared)
 
-    def _check_options(self, options: Mapping[str, Any]) -> None:
-        super()._check_options(options)
-        number("ema", options["ema"], 0.0, 1.0)
+    def _made(self) -> dict[str, Any]:
+        return {layer.name: self._new(layer, self._parameters[0]) for layer in self.covered}
 
     def _new(self, layer: LayerInfo, like: Tensor) -> KroneckerAverages:
         groups, d_o, d_i = matrix_shape(layer)
         A, right = (like.new_zeros(groups, d_i, d_i) for _ in range(2))
         G, left = (like.new_zeros(groups, d_o, d_o) for _ in range(2))
-        return KroneckerAverages(layer.name, A, G, right, left, like.new_zeros(groups, d_i), like.new_zeros(groups, d_o))
+        return KroneckerAverages(
+            layer.name, A, G, right, left, like.new_zeros(groups, d_i), like.new_zeros(groups, d_o)
+        )
 
     def _absorb(self, one: Pass, examples: int) -> None:
         for layer, calls in self._layers(one):
-            found = factor_sums(layer, calls, self._parameters[0].dtype, self._workspace, self.positions)
+            found = factor_sums(layer, calls, self._parameters[0].dtype, self._workspace, self.form)
             self._sums[layer.name] = self._sums[layer.name] + found if layer.name in self._sums else found
 
     def _drop(self) -> None:

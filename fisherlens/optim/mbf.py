@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fisherlens.layout import LayerInfo
 from fisherlens.likelihoods import Likelihood
 from fisherlens.optim.averages import Averages, EntryAverages
-from fisherlens.optim.base import choice, number
+from fisherlens.optim.base import choice
 from fisherlens.optim.factors import matrix_of, matrix_shape, write_matrix
 from fisherlens.optim.mean_gradient import MeanGradient
 
@@ -134,10 +134,6 @@ class MBF(MeanGradient):
         options |= {"weight_decay": weight_decay, "kl_clip": kl_clip}
         shared = {"likelihood": likelihood, "labels": labels, "reduction": reduction, "refresh": refresh, "seed": seed}
         super().__init__(model, options, **shared)
-
-    def _check_options(self, options: Mapping[str, Any]) -> None:
-        super()._check_options(options)
-        number("ema", options["ema"], 0.0, 1.0)
 
     def _made(self) -> dict[str, Any]:
         """Blocks of weights, and single entries of biases of convolutions and of norm layers."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -105,9 +105,7 @@ class MeanGradient(LayerWise):
             with torch.enable_grad():
                 outputs = call(model, batch.inputs)
                 bound = self.likelihood.bind(outputs, None, batch.where)
-                uniforms = torch.rand(
-                    len(outputs), bound.num_uniforms, generator=self._generator, dtype=torch.float64
-                )
+                uniforms = torch.rand(len(outputs), bound.num_uniforms, generator=self._generator, dtype=torch.float64)
                 signal = bound.sampled_score(uniforms) / bound.weight.sum().item()
                 grads = torch.autograd.grad(
                     outputs, self._parameters, signal, allow_unused=True, materialize_grads=True

@@ -1,0 +1,115 @@
+"""One Kronecker factor on a small basis: what is seen of it from there, and its damped inverse, updated and never recomputed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fisherlens.layout import LayerInfo
+from fisherlens.linalg.memory import Workspace
+from fisherlens.optim.averages import Averages
+from fisherlens.optim.factors import positions
+from fisherlens.optim.tap import Call
+
+DAMPING_COLUMNS = 4  # per update, in cyclic order
+
+
+@dataclass(eq=False)
+class Side(Averages):
+    """One factor of B blocks, known on a basis: (PᵀCP + γI)⁻¹ there, one level for all directions outside it."""
+
+    layer: str
+    P: Tensor  # (B, d, r), orthonormal columns
+    Q: Tensor  # (B, r, r)
+    outside: Tensor  # (B,), average of tr C - tr PᵀCP
+    trace: Tensor  # (B,), average of tr C
+    gamma: Tensor  # (B,)
+    steps: int = 0
+
+    @property
+    def level(self) -> Tensor:
+        """Mean eigenvalue outside the basis, (B, 1, 1)."""
+        d, r = self.P.shape[1:]
+        return (self.outside / max(d - r, 1)).clamp(min=0)[:, None, None]
+
+
+@dataclass(eq=False)
+class Seen:
+    """Sums over the rows x of one factor since the last step, seen from its basis; ``factor`` makes them means."""
+
+    gram: Tensor  # Σ PᵀxxᵀP, (B, r, r)
+    sketch: Tensor  # Σ Pᵀx s for k random signs s, (B, r, k)
+    squares: Tensor  # Σ |x|², (B,)
+
+    def __add__(self, other: Seen) -> Seen:
+        return Seen(self.gram + other.gram, self.sketch + other.sketch, self.squares + other.squares)
+
+
+def rows_of(
+    layer: LayerInfo, calls: Sequence[Call], dtype: torch.dtype, workspace: Workspace
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of the two factors in columns, (B, d_i, m) and (B, d_o, m): positions, those of scores divided by √T."""
+    for a, g in positions(layer, calls, dtype, workspace):
+        yield a.flatten(2), g.flatten(2) / math.sqrt(g.shape[3])
+
+
+def shares(a: Side, g: Side, damping: float) -> tuple[Tensor, Tensor]:
+    """γ_A = π √λ and γ_G = √λ / π, (B,), from the average traces; π = 1 where one of them is zero."""
+    mean_a, mean_g = a.trace / a.P.shape[1], g.trace / g.P.shape[1]
+    usual = (mean_a > 0) & (mean_g > 0)
+    pi = mean_a.where(usual, 1.0).sqrt() / mean_g.where(usual, 1.0).sqrt()
+    return math.sqrt(damping) * pi, math.sqrt(damping) / pi
+
+
+def damping_columns(Q: Tensor, gamma: Tensor, steps: int) -> Tensor:
+    """√(γ r / 4) e_j for the next four j in cyclic order, (B, r, 4): their outer products average to γI."""
+    r = Q.shape[1]
+    count = min(DAMPING_COLUMNS, r)
+    at = (torch.arange(count, device=Q.device) + steps * count) % r
+    columns = torch.zeros(r, count, dtype=Q.dtype, device=Q.device)
+    columns[at, torch.arange(count, device=Q.device)] = 1.0
+    return (gamma * (r / count)).sqrt()[:, None, None] * columns
+
+
+def recursive_inverse(Q: Tensor, V: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """(β Q⁻¹ + (1 - β) V Vᵀ)⁻¹ by Woodbury's formula, symmetrised, and whether its pivots are positive: (B, r, r) and (B,)."""
+    w = Q @ V
+    inner = V.mT @ w
+    inner.diagonal(dim1=-2, dim2=-1).add_(beta / (1 - beta))
+    factor, info = torch.linalg.cholesky_ex(inner)
+    out = (Q - w @ torch.cholesky_solve(w.mT, factor)) / beta
+    out = (out + out.mT) / 2
+    stands = (info == 0) & torch.isfinite(out).flatten(1).all(1)
+    return out, stands & (out.diagonal(dim1=-2, dim2=-1) > 0).all(1)
+
+
+def apply_side(side: Side, x: Tensor) -> Tensor:
+    """Inverse of the damped factor times x (B, d, ·): x / (s + γ) + P (Q - I / (s + γ)) Pᵀ x."""
+    if side.P.shape[1] == side.P.shape[2]:
+        return side.Q @ x  # P = I
+    outside = 1 / (side.level + side.gamma[:, None, None])
+    y = side.P.mT @ x
+    return x * outside + side.P @ (side.Q @ y - outside * y)
+
+
+def orthonormal(power: Tensor, old: Tensor) -> Tensor:
+    """An orthonormal basis of the columns of C P; the identity stays."""
+    if old.shape[1] == old.shape[2]:
+        return old
+    return torch.linalg.qr(power.double())[0].to(old.dtype)
+
+
+def change_basis(side: Side, P: Tensor, level: Tensor) -> None:
+    """Carry what is known of C over to another basis; what lies outside the old one counts with the old level."""
+    identity = torch.eye(P.shape[2], dtype=torch.float64, device=P.device)
+    gamma = side.gamma.double()[:, None, None]
+    values, vectors = torch.linalg.eigh(side.Q.double())
+    inside = vectors / values.clamp(min=torch.finfo(values.dtype).tiny)[:, None, :] @ vectors.mT  # PᵀCP + γI
+    turn = (P.mT @ side.P).double()
+    moved = turn @ (inside - gamma * identity) @ turn.mT + level.double() * (identity - turn @ turn.mT)
+    values, vectors = torch.linalg.eigh((moved + moved.mT) / 2)
+    side.Q = (vectors / (values.clamp(min=0)[:, None, :] + gamma) @ vectors.mT).to(side.Q.dtype)
