@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import make_case
-from fisher_checks import DRAWS, KINDS, QUIET, SEED, ZOO, case, drawn_labels, error
+from fisher_checks import DRAWS, KINDS, QUIET, SEED, ZOO, Case, case, drawn_labels, error
 from torch import Tensor, nn
 
 import fisherlens as fl
@@ -212,6 +212,42 @@ def test_float32():
         check(K, twin(c, c.fisher()), c.matrix, c.vectors(), 1e-5)
 
 
+def wide(dtype: torch.dtype = torch.float64) -> Any:
+    """Four examples, and layers with many more inputs and outputs: factors of low rank."""
+    build = lambda: nn.Sequential(nn.Conv1d(16, 20, 3, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(20, 3))  # noqa: E731
+    model, (x, y), likelihood = make_case("wide layers", build, (16, 3), n=4)
+    truth = reference.fisher(model, (x, y), likelihood, "empirical")
+    data = (x.to(dtype), y)
+    return Case(model.to(dtype), data, likelihood, "empirical", truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_few_examples_and_wide_layers(dtype):
+    """Eigenvectors come from the few rows of the factors; what is outside of their span has the eigenvalue 0."""
+    c, tolerance = wide(dtype), {torch.float64: TOLERANCE, torch.float32: 1e-5}[dtype]
+    F = c.fisher()
+    T = twin(wide(), wide().fisher())
+    K = fl.KFAC(F)
+    eigen = K._parts["0"].eigen
+    assert eigen.q_a.shape == (2, 25, 4)
+    assert eigen.q_g.shape == (2, 10, 4)
+    check(K, T, c.matrix, c.vectors(), tolerance)
+    assert K.solve_flops < 9 * (2 * (25**3 + 10**3) + 21**3 + 3**3) / 4
+    E = fl.EKFAC(F)
+    assert E.basis_a["0"].shape == (2, 25, 4)
+    assert fl.EKFAC(F, form="reduce").basis_a["0"].shape == (2, 25, 25)
+    bases = [
+        reference.ekfac_block(
+            c.matrix[x.start : x.stop, x.start : x.stop],
+            *(q.double() if q.ndim == 3 else q.double()[None] for q in (E.basis_g[x.name], E.basis_a[x.name])),
+            True,
+        )
+        for x in F.layout.layers
+    ]
+    check(E, torch.block_diag(*bases), c.matrix, c.vectors(), tolerance)
+    assert E.trace() == pytest.approx(c.matrix.trace().item(), rel=tolerance)
+
+
 @pytest.mark.parametrize("name", ["mlp_tanh", "conv_groups", "conv_everything", "lenet"])
 def test_factored_damping(name):
     c = case(name)
@@ -235,7 +271,10 @@ def test_factored_damping(name):
         assert error(exact.damped_product(V, lam), (exact @ V) + lam * V) < TOLERANCE
         assert error(exact.damped_product(V[:, 0], lam), (exact @ V[:, 0]) + lam * V[:, 0]) < TOLERANCE
         assert error(K.solve(V, lam), exact.solve(V, lam)) > 1e-4  # another matrix
-    assert K.solve_flops < exact.solve_flops
+    orders = [
+        (len(G[0]), len(A[0]), len(G)) for G, A in (twin_factors(c, F, x, "expand") for x in F.layout.layer_names)
+    ]
+    assert K.solve_flops == pytest.approx(sum(n * (d_o**3 + d**3) / 3 for d_o, d, n in orders))
 
 
 @pytest.mark.parametrize("name", ["mlp_tanh", "conv_groups", "residual"])

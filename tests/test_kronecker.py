@@ -7,6 +7,7 @@ import torch
 from fisher_checks import error
 from torch import Tensor
 
+from fisherlens.errors import NonFiniteError
 from fisherlens.linalg.kronecker import KroneckerPair, RotatedDiagonal, factored_damping
 
 
@@ -67,3 +68,31 @@ def test_factored_damping_of_unequal_factors_and_of_zeros():
     assert gamma_g.item() == pytest.approx(0.2 / 6)
     for zero_a, zero_g in ((0 * A, G), (A, 0 * G), (0 * A, 0 * G)):
         assert [x.item() for x in factored_damping(zero_a, zero_g, 0.04)] == pytest.approx([0.2, 0.2])
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+@pytest.mark.parametrize("leading", [(), (4,)])
+def test_rows_of_a_factor_of_low_rank(batch, leading):
+    """Two rows, the second the same as the first but for the last digits, as a factor of order 7."""
+    X = torch.randn(*batch, 3, 7, generator=rng(0), dtype=torch.float64)
+    X[..., 2, :] = X[..., 1, :] * (1 + 1e-14)
+    G, A = spd(*batch, 4, 4), X.mT @ X
+    pair, plain = KroneckerPair(G, A, rows=(None, X)), KroneckerPair(G, A)
+    W = torch.randn(*leading, *batch, 4, 7, generator=rng(2), dtype=torch.float64)
+    assert pair.eigen.q_a.shape == (*batch, 7, 3)
+    assert not pair.eigen.complete
+    identity = torch.eye(3, dtype=torch.float64).expand(*batch, 3, 3)
+    assert error(pair.eigen.q_a.mT @ pair.eigen.q_a, identity) < 1e-13
+    assert error(pair.eigen.dense(), plain.dense()) < 1e-13
+    assert error(pair.eigen.product(W), plain.product(W)) < 1e-13
+    for lam in (1e-3, 0.3):
+        assert error(pair.solve(W, lam), plain.solve(W, lam)) < 1e-9
+        assert pair.log_determinant(lam) == pytest.approx(plain.log_determinant(lam), rel=1e-9)
+    assert error(pair.eigen.diagonal(), plain.diagonal()) < 1e-13
+    assert pair.eigen_flops < plain.eigen_flops
+
+
+def test_rows_with_nan_are_refused():
+    X = torch.full((1, 2, 7), float("nan"))
+    with pytest.raises(NonFiniteError, match=r"layer 'x': factor A holds NaN or infinity"):
+        _ = KroneckerPair(torch.eye(2)[None], torch.zeros(1, 7, 7), "layer 'x'", (None, X)).eigen

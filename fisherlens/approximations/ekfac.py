@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from fisherlens.approximations.kronecker_sums import kronecker_factors, rotated_moments
+from fisherlens.approximations.kronecker_sums import kronecker_pairs, rotated_moments
 from fisherlens.approximations.layerwise import FORMS, Layerwise, check_choice
 from fisherlens.fisher import Fisher
+from fisherlens.layout import LayerInfo
 from fisherlens.linalg.kronecker import KroneckerPair, RotatedDiagonal
 
 
@@ -34,9 +35,10 @@ class EKFAC(Layerwise):
     ----------
     basis_g, basis_a : dict of Tensor
         Q_G ``(d_o, d_o)`` and Q_A ``(d_i, d_i)`` by layer, eigenvectors in columns, largest eigenvalue of the factor first, float64; with groups
-        ``(groups, d, d)``.
+        ``(groups, d, d)``. Of a factor with fewer rows than half its order (few examples, a wide layer) only the columns that span these: S is 0 in
+        the other directions.
     scales : dict of Tensor
-        S ``(d_o, d_i)``.
+        S ``(d_o, d_i)``, or as many as there are columns.
 
     Raises
     ------
@@ -66,8 +68,11 @@ class EKFAC(Layerwise):
         super().__init__(F, "EKFAC" if form == "expand" else f"EKFAC {form}", others)
 
     def _build(self, names: list[str]) -> Mapping[str, RotatedDiagonal]:
-        found = kronecker_factors(self._fisher, names, self.form)
-        bases = {name: KroneckerPair(*found[name], f"Layer {name!r}").eigen for name in names}
+        pairs = kronecker_pairs(self._fisher, names, self.form)
+        if self.form == "reduce":  # rows of F leave the span of sums over positions, so the bases must be complete
+            pairs = {name: KroneckerPair(pair.G, pair.A, pair.what) for name, pair in pairs.items()}
+        self._flops = {name: pair.eigen_flops for name, pair in pairs.items()}
+        bases = {name: pairs.pop(name).eigen for name in names}
         moments = rotated_moments(self._fisher, bases)
         return {name: RotatedDiagonal(bases[name].q_g, bases[name].q_a, moments[name]) for name in names}
 
@@ -94,6 +99,12 @@ class EKFAC(Layerwise):
 
     def _held(self, d_o: int, d: int) -> int:
         return (d_o**2 + d**2 + d_o * d) * 8  # float64
+
+    def _part_bytes(self, _: LayerInfo, part: RotatedDiagonal) -> int:
+        return part.nbytes
+
+    def _part_flops(self, layer: LayerInfo, _: RotatedDiagonal) -> float:
+        return self._flops[layer.name]
 
     def _structure_errors(self, names: list[str]) -> dict[str, float]:
         """‖F_l‖² - ΣS²: the diagonal in these bases is a projection of F_l."""

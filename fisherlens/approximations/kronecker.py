@@ -6,11 +6,12 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from fisherlens.approximations.kronecker_sums import best_factors, inner_products, kronecker_factors
+from fisherlens.approximations.kronecker_sums import best_pairs, inner_products, kronecker_pairs
 from fisherlens.approximations.layerwise import FORMS, Layerwise, check_choice
 from fisherlens.errors import InputError
 from fisherlens.fisher import Fisher, check_damping
 from fisherlens.fisher.damped import Vector
+from fisherlens.layout import LayerInfo
 from fisherlens.linalg.kronecker import KroneckerPair
 
 DAMPINGS, FACTORS = ("exact", "factored"), ("kfac", "optimal")
@@ -91,12 +92,8 @@ class KFAC(Layerwise):
         super().__init__(F, " ".join(["KFAC", *named]), others)
 
     def _build(self, names: list[str]) -> Mapping[str, KroneckerPair]:
-        found = kronecker_factors(self._fisher, names, self.form)
-        pairs = {name: KroneckerPair(*found[name], f"Layer {name!r}") for name in names}
-        if self.factors == "optimal":
-            best = best_factors(self._fisher, pairs)
-            pairs = {name: KroneckerPair(*best[name], f"Layer {name!r}") for name in names}
-        return pairs
+        pairs = kronecker_pairs(self._fisher, names, self.form)
+        return best_pairs(self._fisher, pairs) if self.factors == "optimal" else pairs
 
     @property
     def factor_g(self) -> dict[str, Tensor]:
@@ -130,8 +127,8 @@ class KFAC(Layerwise):
     def _held(self, d_o: int, d: int) -> int:
         return (d_o**2 + d**2) * self.dtype.itemsize
 
-    def _prepare_flops(self, d_o: int, d: int) -> float:
-        return (d_o**3 + d**3) / 3 if self.damping == "factored" else super()._prepare_flops(d_o, d)
+    def _part_flops(self, _: LayerInfo, part: KroneckerPair) -> float:
+        return part.cholesky_flops if self.damping == "factored" else part.eigen_flops
 
     def _structure_errors(self, names: list[str]) -> dict[str, float]:
         """‖F_l‖² - 2 ⟨F_l, G ⊗ A⟩ + ‖G‖²‖A‖², nothing of order P_l × P_l formed for the last two."""

@@ -21,23 +21,50 @@ Rows = LayerFactors | Tensor
 _MOST_STEPS = 200
 
 
-def kronecker_factors(F: Fisher, names: Sequence[str], form: str) -> dict[str, tuple[Tensor, Tensor]]:
+class _Factor:
+    """A sum of XᵀX, and the rows X themselves as long as they are fewer than half the order: then the factor has low rank."""
+
+    def __init__(self) -> None:
+        self._total, self._rows = Total(), []
+
+    def add(self, x: Tensor) -> None:
+        """Take rows ``(groups, m, d)``."""
+        self._total.add(x.mT @ x)
+        if self._rows is not None:
+            self._rows.append(x)
+            if 2 * sum(rows.shape[1] for rows in self._rows) > x.shape[2]:
+                self._rows = None
+
+    def over(self, divisor: float) -> tuple[Tensor, Tensor | None]:
+        """The factor divided by a number, and its rows likewise, or None."""
+        rows = None if self._rows is None else torch.cat(self._rows, dim=1) / divisor**0.5
+        return self._total.value() / divisor, rows if rows is not None and rows.shape[1] else None
+
+
+def kronecker_pairs(F: Fisher, names: Sequence[str], form: str) -> dict[str, KroneckerPair]:
     """G ``(groups, d_o, d_o)`` and A ``(groups, d, d)`` of each layer, in one pass; see :class:`fisherlens.KFAC` for their formulae."""
-    of_outputs, of_inputs = {name: Total() for name in names}, {name: Total() for name in names}
+    of_outputs, of_inputs = {name: _Factor() for name in names}, {name: _Factor() for name in names}
     positions = dict.fromkeys(names, 0.0)
     for _, found in factor_pieces(F, names):
         for name, given in found.items():
             factors = given.reduced() if form == "reduce" else given
             g = factors.outputs.movedim(2, 0).flatten(1, 3)  # (groups, n r t, d_o)
-            of_outputs[name].add(g.mT @ g)
+            of_outputs[name].add(g)
             root = factors.weight.sqrt().to(g.dtype).view(-1, 1, 1, 1)
             a = (factors.homogeneous * root).transpose(0, 1).flatten(1, 2)  # (groups, n t, d)
-            of_inputs[name].add(a.mT @ a)
+            of_inputs[name].add(a)
             positions[name] += factors.weight.sum().item() * factors.positions
-    return {
-        name: (of_outputs[name].value() / F.total_weight, of_inputs[name].value() / (positions[name] or 1.0))
-        for name in names
-    }
+    pairs = {}
+    for name in names:
+        G, rows_g = of_outputs[name].over(F.total_weight)
+        A, rows_a = of_inputs[name].over(positions[name] or 1.0)
+        pairs[name] = KroneckerPair(G, A, f"Layer {name!r}", (rows_g, rows_a))
+    return pairs
+
+
+def kronecker_factors(F: Fisher, names: Sequence[str], form: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """G and A alone, as plain matrices; see :func:`kronecker_pairs`."""
+    return {name: (pair.G, pair.A) for name, pair in kronecker_pairs(F, names, form).items()}
 
 
 def _rows(F: Fisher, names: Sequence[str]) -> Iterator[tuple[str, Rows]]:
@@ -89,7 +116,7 @@ def rotated_moments(F: Fisher, bases: Mapping[str, RotatedDiagonal]) -> dict[str
     return {name: total.value() / F.total_weight for name, total in totals.items()}
 
 
-def best_factors(F: Fisher, start: Mapping[str, KroneckerPair]) -> dict[str, tuple[Tensor, Tensor]]:
+def best_pairs(F: Fisher, start: Mapping[str, KroneckerPair]) -> dict[str, KroneckerPair]:
     """G and A with the smallest ‖F_l - G ⊗ A‖ for each layer and group, by alternating least squares.
 
     Each half-step is the exact minimum over one factor, so the error never grows; from a positive semi-definite start both stay so.
@@ -110,14 +137,19 @@ def best_factors(F: Fisher, start: Mapping[str, KroneckerPair]) -> dict[str, tup
                 active.remove(name)
             reached[name] = kept
         if not active:
-            return factors
+            break
+    else:
+        _warn_not_reached(active, tol)
+    return {name: KroneckerPair(*found, f"Layer {name!r}") for name, found in factors.items()}
+
+
+def _warn_not_reached(active: Sequence[str], tol: float) -> None:
     warnings.warn(
         f"The best Kronecker factors of {active} were not reached to {tol:g} in {_MOST_STEPS} half-steps; the last ones are returned, which are never "
         "worse than KFAC's. Two directions of these layers are nearly as good as each other.",
         ConvergenceWarning,
-        stacklevel=4,
+        stacklevel=6,
     )
-    return factors
 
 
 def _half_step(F: Fisher, factors: Mapping[str, tuple[Tensor, Tensor]], left: bool) -> dict[str, Tensor]:
@@ -151,4 +183,4 @@ def _quadratic(x: Tensor, matrix: Tensor) -> Tensor:
     return (torch.einsum("...bi,bij->...bj", x, matrix) * x).sum(-1)
 
 
-__all__ = ["Rows", "best_factors", "inner_products", "kronecker_factors", "rotated_moments"]
+__all__ = ["best_pairs", "inner_products", "kronecker_factors", "kronecker_pairs", "rotated_moments"]

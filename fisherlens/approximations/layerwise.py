@@ -15,7 +15,7 @@ from fisherlens.approximations.block_diagonal import BlockDiagonal
 from fisherlens.errors import InputError, MemoryBudgetError, UnsupportedModuleError, readable_bytes
 from fisherlens.fisher import Fisher, require_fisher
 from fisherlens.layout import LayerInfo
-from fisherlens.linalg.kronecker import KroneckerPair, RotatedDiagonal
+from fisherlens.linalg.kronecker import EIGH, KroneckerPair, RotatedDiagonal
 from fisherlens.partitions import partition as make_partition
 from fisherlens.scores.replay import as_matrices, as_vectors, has_factors
 
@@ -23,8 +23,6 @@ from fisherlens.scores.replay import as_matrices, as_vectors, has_factors
 Part = KroneckerPair | RotatedDiagonal | BlockDiagonal
 
 FORMS, OTHERS = ("expand", "reduce"), ("raise", "diagonal", "block")
-# Operations of a symmetric eigendecomposition over d³: tridiagonalisation, QL, back-transformation (Golub and Van Loan).
-EIGH = 9.0
 
 _NO_FACTORS = (
     "{what} has no Kronecker factors for layer {name!r} ({type_name}){why}. Supported are torch.nn.Linear, Conv1d, Conv2d and Conv3d, by exact type, each "
@@ -76,7 +74,19 @@ class Layerwise(Approximation):
 
     @abstractmethod
     def _held(self, d_o: int, d: int) -> int:
-        """Bytes held for one pair of these orders."""
+        """Bytes held at most for one pair of these orders."""
+
+    def _prepare_flops(self, d_o: int, d: int) -> float:
+        """Operations that prepare solves with one pair."""
+        return EIGH * (d_o**3 + d**3)
+
+    def _part_bytes(self, layer: LayerInfo, _: Any) -> int:
+        """Bytes held for a layer with a structure."""
+        return layer.groups * self._held(*orders(layer))
+
+    def _part_flops(self, layer: LayerInfo, _: Any) -> float:
+        """Operations that prepare solves for a layer with a structure."""
+        return layer.groups * self._prepare_flops(*orders(layer))
 
     @abstractmethod
     def _structure_errors(self, names: list[str]) -> dict[str, float]:
@@ -87,10 +97,6 @@ class Layerwise(Approximation):
 
     @abstractmethod
     def _log_det(self, part: KroneckerPair | RotatedDiagonal, damping: float) -> float: ...
-
-    def _prepare_flops(self, d_o: int, d: int) -> float:
-        """Operations that prepare a solve with one pair."""
-        return EIGH * (d_o**3 + d**3)
 
     def _require_room(self, layers: list[LayerInfo]) -> None:
         held = {layer.name: layer.groups * self._held(*orders(layer)) for layer in layers}
@@ -178,20 +184,18 @@ class Layerwise(Approximation):
     @property
     def storage_bytes(self) -> int:
         """Bytes of what F̂ is made of; what solves keep beside it is not counted."""
-        total = 0
-        for layer, part in self._layers():
-            is_block = isinstance(part, BlockDiagonal)
-            total += part.storage_bytes if is_block else layer.groups * self._held(*orders(layer))
-        return total
+        return sum(
+            part.storage_bytes if isinstance(part, BlockDiagonal) else self._part_bytes(layer, part)
+            for layer, part in self._layers()
+        )
 
     @property
     def solve_flops(self) -> float:
         """Operations of the eigendecompositions or Cholesky factors that solves use."""
-        total = 0.0
-        for layer, part in self._layers():
-            is_block = isinstance(part, BlockDiagonal)
-            total += part.solve_flops if is_block else layer.groups * self._prepare_flops(*orders(layer))
-        return total
+        return sum(
+            part.solve_flops if isinstance(part, BlockDiagonal) else self._part_flops(layer, part)
+            for layer, part in self._layers()
+        )
 
     def _by_layer(self, pick: Callable[[Any], Tensor]) -> dict[str, Tensor]:
         """One matrix per layer with a structure, ``(d, d)``; with groups one for each, ``(groups, d, d)``."""

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fisherlens.linalg.dense import damped_cholesky, eigenpairs
+from fisherlens.linalg.dense import damped_cholesky, eigenpairs, require_finite
 
 
 def factored_damping(A: Tensor, G: Tensor, damping: float) -> tuple[Tensor, Tensor]:
@@ -44,6 +44,10 @@ def factored_damping(A: Tensor, G: Tensor, damping: float) -> tuple[Tensor, Tens
     return pi * root, root / pi
 
 
+# Operations of a symmetric eigendecomposition over d³: tridiagonalisation, QL, back-transformation (Golub and Van Loan).
+EIGH = 9.0
+
+
 class KroneckerPair:
     """G ⊗ A, symmetric and positive semi-definite; a batch of B of them where the factors have a leading axis.
 
@@ -55,17 +59,21 @@ class KroneckerPair:
         Right factor, ``(d_i, d_i)`` or ``(B, d_i, d_i)``.
     what
         What messages call it.
+    rows
+        Optional X_g ``(B, m, d_o)`` and X_a ``(B, m, d_i)`` with XᵀX the factor and m well below its order, or None: the eigenvectors of
+        a factor of low rank then cost d m² in place of d³.
     """
 
-    def __init__(self, G: Tensor, A: Tensor, what: str = "A Kronecker pair"):
-        self.G, self.A, self.what = G, A, what
+    def __init__(
+        self,
+        G: Tensor,
+        A: Tensor,
+        what: str = "A Kronecker pair",
+        rows: tuple[Tensor | None, Tensor | None] = (None, None),
+    ):
+        self.G, self.A, self.what, self._rows = G, A, what, rows
         self.d_o, self.d_i = G.shape[-1], A.shape[-1]
         self._factors: tuple[float, Tensor, Tensor] | None = None
-
-    @property
-    def entries(self) -> int:
-        """Numbers that the two factors hold."""
-        return self.G.numel() + self.A.numel()
 
     @property
     def count(self) -> int:
@@ -75,8 +83,28 @@ class KroneckerPair:
     @cached_property
     def eigen(self) -> RotatedDiagonal:
         """The same matrix in the eigenbases of its factors, float64; eigenvalues below zero are rounding and become 0."""
-        (g, q_g), (a, q_a) = eigenpairs(self.G, f"{self.what}: factor G"), eigenpairs(self.A, f"{self.what}: factor A")
+        g, q_g = _eigenpairs(self.G, self._rows[0], f"{self.what}: factor G")
+        a, q_a = _eigenpairs(self.A, self._rows[1], f"{self.what}: factor A")
         return RotatedDiagonal(q_g, q_a, g.clamp(min=0)[..., :, None] * a.clamp(min=0)[..., None, :])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the two factors."""
+        return self.G.nbytes + self.A.nbytes
+
+    @property
+    def cholesky_flops(self) -> float:
+        """Operations of the two Cholesky factors."""
+        return self.count * (self.d_o**3 + self.d_i**3) / 3
+
+    @property
+    def eigen_flops(self) -> float:
+        """Operations of the two eigendecompositions."""
+        total = 0.0
+        for d, rows in ((self.d_o, self._rows[0]), (self.d_i, self._rows[1])):
+            k = d if rows is None else rows.shape[-2]
+            total += EIGH * k**3 + (4 * d * k**2 if k < d else 0)
+        return self.count * total
 
     def product(self, w: Tensor) -> Tensor:
         """G W A."""
@@ -137,18 +165,23 @@ class RotatedDiagonal:
     Parameters
     ----------
     q_g, q_a
-        Orthogonal matrices, ``(B, d_o, d_o)`` and ``(B, d_i, d_i)``.
+        Matrices with orthonormal columns, ``(B, d_o, k_o)`` and ``(B, d_i, k_i)``; directions outside them have the eigenvalue 0.
     s
-        Eigenvalues, ``(B, d_o, d_i)``.
+        Eigenvalues, ``(B, k_o, k_i)``.
     """
 
     def __init__(self, q_g: Tensor, q_a: Tensor, s: Tensor):
         self.q_g, self.q_a, self.s = q_g, q_a, s
 
     @property
-    def entries(self) -> int:
-        """Numbers held."""
-        return self.q_g.numel() + self.q_a.numel() + self.s.numel()
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.q_g.nbytes + self.q_a.nbytes + self.s.nbytes
+
+    @property
+    def complete(self) -> bool:
+        """Whether the columns span everything."""
+        return all(q.shape[-1] == q.shape[-2] for q in (self.q_g, self.q_a))
 
     def rotate(self, w: Tensor) -> Tensor:
         """Q_Gᵀ W Q_A."""
@@ -167,7 +200,12 @@ class RotatedDiagonal:
 
     def solve(self, w: Tensor, damping: float) -> Tensor:
         """(The matrix + λI)⁻¹ W."""
-        return self._apply(w, 1 / (self.s + damping))
+        if self.complete:
+            return self._apply(w, 1 / (self.s + damping))
+        double = w.to(self.s.dtype)
+        inside = self.rotate(double)
+        outside = (double - self.rotate_back(inside)) / damping
+        return outside.add_(self.rotate_back(inside / (self.s + damping))).to(w.dtype)
 
     def log_determinant(self, damping: float) -> float:
         """Log det(I + the matrix / λ), summed over the batch."""
@@ -185,6 +223,16 @@ class RotatedDiagonal:
         """The matrices themselves, ``(B, d_o d_i, d_o d_i)``: for tests and small uses."""
         q = _kron(self.q_g, self.q_a)
         return (q * self.s.flatten(-2)[..., None, :]) @ q.mT
+
+
+def _eigenpairs(matrix: Tensor, rows: Tensor | None, what: str) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, descending, and eigenvectors in float64; with rows X, XᵀX = matrix, only those in the span of the rows."""
+    if rows is None:
+        return eigenpairs(matrix, what)
+    require_finite(rows, what)
+    q, r = torch.linalg.qr(rows.double().mT)  # orthonormal however nearly dependent the rows are
+    values, vectors = eigenpairs(r @ r.mT, what)
+    return values, q @ vectors
 
 
 def _two_sided(left: Tensor, w: Tensor, right: Tensor) -> Tensor:

@@ -94,12 +94,20 @@ def kronecker_factors(a: Tensor, g: Tensor, w: Tensor, form: str = "expand") -> 
 
 def kronecker_block(left: Tensor, right: Tensor, bias: bool) -> Tensor:
     """diag_j (L_j ⊗ R_j), ``(p, p)``, rows and columns in the order weight, bias; the bias is the last input of R."""
-    whole = torch.block_diag(
-        *(torch.kron(one.contiguous(), other.contiguous()) for one, other in zip(left, right, strict=True))
-    )
-    every = torch.arange(len(whole)).view(-1, right.shape[-1])  # (output, input)
-    order = torch.cat([every[:, :-1].reshape(-1), every[:, -1]]) if bias else every.reshape(-1)
+    whole = _in_groups(left, right)
+    order = _weight_then_bias(len(whole), right.shape[1], bias)
     return whole[order][:, order]
+
+
+def _in_groups(left: Tensor, right: Tensor) -> Tensor:
+    pairs = zip(left, right, strict=True)
+    return torch.block_diag(*(torch.kron(one.contiguous(), other.contiguous()) for one, other in pairs))
+
+
+def _weight_then_bias(size: int, inputs: int, bias: bool) -> Tensor:
+    """Places of the weight, row by row, and of the bias after it, in a vector of rows [weight, bias]."""
+    every = torch.arange(size).view(-1, inputs)  # (output, input)
+    return torch.cat([every[:, :-1].reshape(-1), every[:, -1]]) if bias else every.reshape(-1)
 
 
 def factored_damping(G: Tensor, A: Tensor, damping: float) -> tuple[Tensor, Tensor]:
@@ -111,8 +119,9 @@ def factored_damping(G: Tensor, A: Tensor, damping: float) -> tuple[Tensor, Tens
 
 
 def ekfac_block(F_l: Tensor, Q_G: Tensor, Q_A: Tensor, bias: bool) -> Tensor:
-    """Q diag(Qᵀ F_l Q) Qᵀ with Q = Q_G ⊗ Q_A: the best diagonal in these bases."""
-    Q = kronecker_block(Q_G, Q_A, bias)
+    """Q diag(Qᵀ F_l Q) Qᵀ with Q = Q_G ⊗ Q_A, eigenvectors in columns: the best diagonal in these bases."""
+    Q = _in_groups(Q_G, Q_A)
+    Q = Q[_weight_then_bias(len(Q), Q_A.shape[1], bias)]
     return Q @ torch.diag((Q.T @ F_l @ Q).diagonal()) @ Q.T
 
 
