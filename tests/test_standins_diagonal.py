@@ -47,7 +47,9 @@ def quasi(F: fl.Fisher, T: torch.Tensor) -> torch.Tensor:
     return reference.quasi_diagonal(T, *units_and_biases(F))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", ["mlp_tanh", "frozen_first_layer", "lenet", "conv_groups", "batchnorm_2d", "root_parameter"]
+)
 def test_diagonal(name, unchanged):
     c = case(name)
     F = c.fisher()
