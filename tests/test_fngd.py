@@ -205,7 +205,7 @@ def test_in_place_activations_and_checkpoints():
 
 
 def test_a_gradient_penalty_passes_through():
-    model, opt, x, y = weighted("flattened")
+    model, _opt, x, y = weighted("flattened")
     inputs = x.clone().requires_grad_()
     loss = functional.cross_entropy(model(inputs), y)
     slope = torch.autograd.grad(loss, inputs, create_graph=True)[0]

@@ -101,7 +101,7 @@ class UnitWise(RowMethod):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         labels: str = "sampled",
-        kl_clip: float | None = None,
+        kl_clip: float | None = 1e-2,
         reduction: str = "mean",
         refresh: int = 1,
         seed: int = 0,
