@@ -226,7 +226,7 @@ def _of_dataset(dataset: xr.Dataset) -> tuple[list[Any], list[str]]:
             f"A plane needs two directions; the Dataset holds {len(vectors)}. Select two ranks: found.sel(rank=[0, 9]), of {dataset['rank'].values.tolist()}."
         )
     sides = [f"{side} " for side in dataset["side"].values.tolist()] if "side" in dataset.coords else ["", ""]
-    names = [f"{side}direction {rank}" for side, rank in zip(sides, dataset["rank"].values.tolist(), strict=True)]
+    names = [f"{side}direction {rank + 1}" for side, rank in zip(sides, dataset["rank"].values.tolist(), strict=True)]
     return [torch.from_numpy(v.copy()) for v in vectors.values], names
 
 

@@ -195,7 +195,7 @@ def test_of_what_directions_returns():
     ds = fl.ellipse(F, pair, radius=0.5)
     np.testing.assert_allclose(ds["eigenvalue"], pair["eigenvalue"], rtol=1e-8)
     np.testing.assert_allclose(ds["semi_axis"][0], (1 / pair["eigenvalue"]) ** 0.5, rtol=1e-8)
-    assert list(ds["axis_i"].values) == ["stiff direction 0", "stiff direction 3"]
+    assert list(ds["axis_i"].values) == ["stiff direction 1", "stiff direction 4"]
     with pytest.raises(InputError, match=r"A plane needs two directions; the Dataset holds 8\. Select two ranks"):
         fl.ellipse(F, found, radius=0.5)
     with pytest.raises(InputError, match=r"must hold eigenvector \(rank, param\)"):

@@ -75,15 +75,9 @@ def ellipse(
         for points in _curves(dataset, x.values[k], y.values[k], radii[k]):
             ax.plot(*points, color=tone, linewidth=1.6, linestyle=(0, (5, 2)), zorder=3)
         if show_kl and kl is not None:
-            values = np.where(
-                np.isfinite(kl.values),
-                kl.values,
-                np.nanmax(kl.values[np.isfinite(kl.values)], initial=0.0) + 10 * radii[k],
-            )
-            if values.min() < radii[k] < values.max():
-                ax.contour(
-                    kl["x"].values, kl["y"].values, values, levels=[radii[k]], colors=[tone], linewidths=1.8, zorder=2
-                )
+            fine = _refined(kl, dataset)
+            if fine[2].min() < radii[k] < fine[2].max():
+                ax.contour(*fine, levels=[radii[k]], colors=[tone], linewidths=1.8, zorder=2)
         handles.append(Line2D([], [], color=tone, linewidth=1.8, label=f"KL = {radii[k]:g} nat"))
     ax.plot(0, 0, marker="+", markersize=9, color=common.INK, linestyle="none", zorder=4)
     handles.append(Line2D([], [], color=common.INK, linestyle=(0, (5, 2)), label="½ δᵀFδ, the quadratic model"))
@@ -145,3 +139,31 @@ def _tint(ax: Axes, kl: xr.DataArray, quadratic: xr.DataArray) -> None:
     bar.outline.set_visible(False)
     bar.set_label("true divergence over its quadratic model", color=common.INK)
     bar.ax.tick_params(labelsize=common.TICK_SIZE, color=common.FAINT, labelcolor=common.INK)
+
+
+def _refined(kl: xr.DataArray, dataset: xr.Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The divergence on a finer grid: its ratio to the quadratic model is smooth, also where an ellipse is smaller than a cell.
+
+    Where the model vanishes away from the centre the difference takes the place of the ratio.
+    """
+    x, y, values = kl["x"].values, kl["y"].values, kl.values.astype(float)
+    finite = values[np.isfinite(values)]
+    values = np.where(np.isfinite(values), values, 1e3 * finite.max(initial=1.0))  # beyond every contour
+    if "metric" not in dataset:
+        return x, y, values
+    metric = dataset["metric"].transpose("axis_i", "axis_j").values
+
+    def model(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        u, v = np.meshgrid(x, y)
+        return (metric[0, 0] * u**2 + 2 * metric[0, 1] * u * v + metric[1, 1] * v**2) / 2
+
+    def between(grid: np.ndarray) -> np.ndarray:
+        rows = np.stack([np.interp(fine_x, x, row) for row in grid])
+        return np.stack([np.interp(fine_y, y, column) for column in rows.T], axis=1)
+
+    fine_x, fine_y = np.linspace(x[0], x[-1], 241), np.linspace(y[0], y[-1], 241)
+    coarse, fine = model(x, y), model(fine_x, fine_y)
+    small = coarse <= 1e-9 * coarse.max()
+    if small.sum() <= 1:  # the centre alone
+        return fine_x, fine_y, fine * between(np.where(small, 1.0, values / np.where(small, 1.0, coarse)))
+    return fine_x, fine_y, fine + between(values - coarse)

@@ -95,7 +95,7 @@ def filters(
         text = f"{chosen}: {outputs} × {inputs} channels" + (
             f", kernels of {cell[0]} × {cell[1]}" if cell != (1, 1) else ""
         )
-        ax.set_title(text, loc="left", fontsize=10, color=common.INK)
+        ax.set_title(common.wrap(text, max(common.span(ax, "x"), 1.6)), loc="left", fontsize=10, color=common.INK)
     return ax
 
 
@@ -171,7 +171,7 @@ def _draw(ax: Axes | None, array: xr.DataArray, picture: np.ndarray, scale: str,
     log = scale == "log" or (scale == "auto" and not signed and positive.size and positive.max() > 100 * positive.min())
     rows, columns = picture.shape
     size = float(np.clip(6.0 / max(rows, columns), 0.03, 0.45))
-    ax = common.new_axes(ax, max(3.4, size * columns + 1.9), max(2.4, size * rows + 1.1))
+    ax = common.new_axes(ax, max(4.6, size * columns + 1.9), max(2.4, size * rows + 1.1))
     if signed:
         limit = float(np.abs(finite).max())
         norm, shades = Normalize(-limit, limit), "RdBu_r"

@@ -248,7 +248,7 @@ def _top(
     common.tidy(ax, grid="x")
     common.name_ticks(ax, "y", range(len(order)), [names[place] for place in order])
     shown = [layer for layer in layers if layer and any(owners[place] == layer for place in order)]
-    if legend and len(layers) > 1 and len(shown) <= 12:
+    if legend and 1 < len(shown) <= 12:
         common.legend(ax, [Patch(color=tones[layer], label=layer) for layer in shown], loc="lower right", title="layer")
     return ax
 

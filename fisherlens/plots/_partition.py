@@ -17,6 +17,14 @@ if TYPE_CHECKING:
 _SHADES = ("#9CC9E8", "#F6B48F", "#A8DDB5", "#E8C3DC", "#F4E3A1", "#7FA8C9", "#D08C60", "#8FBC9A")
 _GREYS = ("#C4C4C4", "#DDDDDD")
 _NO_BLOCK = "#F5F5F5"
+_ALL = (*_SHADES, *_GREYS, _NO_BLOCK, "#FFFFFF")
+_WHITE = len(_ALL) - 1
+_NO_SQUARES = (
+    "plot.partition(squares=True) draws kernels in two dimensions; {layer} has none, or its Dataset does not say how wide they are (kernel_width). "
+    "Leave squares out for dense layers, and pass what Partition.to_dataset(layer) returns."
+)
+# Schemes whose blocks go on in other layers, so that their sizes here are not their sizes.
+_CROSSING = ("sequential", "random", "own")
 _NEEDS_LAYER = (
     "plot.partition draws one layer of a partition; got {got} without layer=. "
     "Name it: plot.partition(p, layer='...'), or pass p.to_dataset('...')."
@@ -31,14 +39,15 @@ def partition(
     max_outputs: int = 32,
     max_inputs: int = 72,
     show_kernels: bool = True,
+    squares: bool = False,
     title: bool = True,
 ) -> Axes:
     """Draw the weight of one layer as a matrix, cut into the blocks of a partition.
 
     Rows are output units or channels; columns are inputs, or the entries of each input channel's kernel one after the
     other. Neighbouring blocks differ in colour, entries of one block share it, and a colour has no other meaning; grey are
-    blocks that hold no weight, only biases. Of a
-    large weight only the corner is drawn, and the axis labels say so.
+    blocks that hold no weight, only biases. Of a large weight only the corner is drawn, whole kernels where one fits, and the axis labels say so.
+    With ``squares`` every kernel of a convolution, and every source channel of a flattened map, is a picture of its own.
 
     Parameters
     ----------
@@ -50,9 +59,11 @@ def partition(
     layer
         Which layer, where ``dataset`` is a Partition.
     max_outputs, max_inputs
-        Rows and columns to draw at most; 32 and 72 are what a page can show.
+        Rows and columns to draw at most; 32 and 72 are what a page can show. Fewer columns where a kernel would be cut.
     show_kernels
         Draw lines between the kernels of a convolution, or between the source channels of a flattened map.
+    squares
+        Draw each kernel in its two dimensions, one picture for each pair of output and input channel, instead of as a run of columns.
     title
         Write the layer, the scheme and the sizes of its blocks above.
 
@@ -85,16 +96,21 @@ def partition(
         dataset, "block", caller="partition", source="Partition.to_dataset(layer)", needs=("output", "input")
     )
     outputs, inputs = array.shape
+    kernel = _kernel(array, dataset)
+    if 1 < kernel <= max_inputs < inputs:
+        max_inputs -= max_inputs % kernel
     matrix = array.values[:max_outputs, :max_inputs].astype(np.int64)
     bias = None
     if "bias_block" in dataset:
         bias = common.fit(dataset["bias_block"], caller="partition", needs=("output",)).values[:max_outputs]
+    if squares:
+        return _squares(dataset, array, matrix, bias, ax, title)
     if bias is not None:  # two empty columns keep it apart from the weight
         matrix = np.column_stack([matrix, np.full((len(matrix), 2), _GAP), bias])
     rows, columns = matrix.shape
     scale = float(np.clip(7.2 / columns, 0.11, 0.34))
     ax = common.new_axes(ax, max(3.6, columns * scale + 1.2), float(np.clip(rows * scale + 1.1, 2.0, 7.0)))
-    _fill(ax, matrix, apart=bias is not None)
+    _paint(ax, _tones(matrix, apart=bias is not None))
     _cut(ax, matrix)
     shown = columns - (3 if bias is not None else 0)
     step = _kernel(array, dataset) if show_kernels else 1
@@ -107,6 +123,62 @@ def partition(
     return ax
 
 
+def _squares(
+    dataset: xr.Dataset, array: xr.DataArray, matrix: np.ndarray, bias: Any, ax: Axes | None, title: bool
+) -> Axes:
+    """Output by input channels, every cell a kernel in its own two dimensions; the bias beside its output."""
+    kernel, width = _kernel(array, dataset), int(array.attrs.get("kernel_width", dataset.attrs.get("kernel_width", 0)))
+    if kernel == 1 or width < 1 or kernel % width:
+        raise InputError(_NO_SQUARES.format(layer=dataset.attrs.get("layer", "this layer")))
+    outputs, channels, height = len(matrix), max(1, matrix.shape[1] // kernel), kernel // width
+    cells = matrix[:, : channels * kernel].reshape(outputs, channels, height, width)
+    flat = cells.transpose(0, 2, 1, 3).reshape(outputs * height, channels * width)
+    if bias is not None:
+        flat = np.column_stack([flat, np.repeat(np.asarray(bias), height)])
+    # tones are chosen as if kernels lay side by side, so that neighbours differ; -1 picks the margin between them
+    lines = _spaced(outputs, height)
+    across = [
+        *_spaced(channels, width),
+        *([-1, -1, *[flat.shape[1] - 1] * max(1, width // 2)] if bias is not None else []),
+    ]
+    tones = np.pad(_tones(flat, apart=bias is not None), ((0, 1), (0, 1)), constant_values=_WHITE)[
+        np.ix_(lines, across)
+    ]
+    blocks = np.pad(flat, ((0, 1), (0, 1)), constant_values=_GAP)[np.ix_(lines, across)]
+    rows, columns = tones.shape
+    scale = float(np.clip(7.2 / columns, 0.06, 0.3))
+    ax = common.new_axes(ax, max(3.6, columns * scale + 1.2), float(np.clip(rows * scale + 1.1, 2.0, 8.5)))
+    _paint(ax, tones)
+    _cut(ax, blocks)
+    every = max(1, -(-outputs // 16))
+    ax.set_yticks(
+        [o * (height + 1) + (height - 1) / 2 for o in range(0, outputs, every)],
+        [str(o) for o in range(0, outputs, every)],
+    )
+    every = max(1, -(-channels // 16))
+    places = [c * (width + 1) + (width - 1) / 2 for c in range(0, channels, every)]
+    names = [str(c) for c in range(0, channels, every)]
+    if bias is not None:
+        places, names = [*places, columns - 1 - (max(1, width // 2) - 1) / 2], [*names, "bias"]
+    ax.set_xticks(places, names)
+    total = array.shape[1] // kernel
+    ax.set_xlabel(
+        f"input channel, {height} × {width} each" + (f" (first {channels} of {total})" if channels < total else "")
+    )
+    ax.set_ylabel("output" + (f" (first {outputs} of {array.shape[0]})" if outputs < array.shape[0] else ""))
+    common.tidy(ax, grid=None)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    if title:
+        ax.set_title(_sentence(dataset, array), loc="left", fontsize=10, color=common.INK)
+    return ax
+
+
+def _spaced(count: int, size: int) -> list[int]:
+    """Places 0, 1, …, with a -1 after every ``size`` of them but the last."""
+    return [place for cell in range(count) for place in (*range(cell * size, (cell + 1) * size), -1)][:-1]
+
+
 _GAP = -2  # marks the columns between weight and bias
 
 
@@ -115,16 +187,21 @@ def _kernel(array: xr.DataArray, dataset: xr.Dataset) -> int:
     return int(array.attrs.get("columns_per_channel", dataset.attrs.get("columns_per_channel", 1)))
 
 
-def _fill(ax: Axes, matrix: np.ndarray, *, apart: bool) -> None:
-    from matplotlib.colors import to_rgba
-
+def _tones(matrix: np.ndarray, *, apart: bool) -> np.ndarray:
+    """Which tone every entry gets; the bias, where it stands apart, is the last column."""
     tones = _color_blocks(matrix)
     if apart:  # blocks of the bias alone are grey, since no weight belongs to them
         own = ~np.isin(matrix[:, -1], matrix[:, :-1])
         order = np.unique(matrix[:, -1], return_inverse=True)[1]
         tones[own, -1] = len(_SHADES) + order[own] % 2
-    shades = np.array([to_rgba(shade) for shade in (*_SHADES, *_GREYS, _NO_BLOCK, "#FFFFFF")])
-    picture = shades[np.where(matrix == _GAP, len(shades) - 1, np.where(matrix < 0, len(shades) - 2, tones))]
+    return np.where(matrix == _GAP, _WHITE, np.where(matrix < 0, _WHITE - 1, tones))
+
+
+def _paint(ax: Axes, tones: np.ndarray) -> None:
+    from matplotlib.colors import to_rgba
+
+    shades = np.array([to_rgba(shade) for shade in _ALL])
+    picture = shades[tones]
     ax.imshow(picture, interpolation="nearest", aspect="equal")
     ax.spines[:].set_visible(False)
 
@@ -211,5 +288,8 @@ def _sentence(dataset: xr.Dataset, array: xr.DataArray) -> str:
         shown = f"{counts.sum()} blocks, {shown}"
     else:
         shown = f"{counts.sum()} blocks of {kinds[0]} to {kinds[-1]}"
+    if dataset.attrs.get("scheme") in _CROSSING and len(kinds):
+        entries = f"{kinds[0]} to {kinds[-1]} entries" if len(kinds) > 1 else f"{kinds[0]} entries"
+        shown = f"{counts.sum()} blocks with {entries} here"
     parts = [str(dataset.attrs[name]) for name in ("layer", "scheme") if name in dataset.attrs]
     return " · ".join([*(common.shorten(parts, 40) if parts else []), shown])
