@@ -343,6 +343,28 @@ def test_exact_for_one_example_with_one_position(likelihood):
     assert fl.KFAC(F).within_block_error() < 1e-12 * F.frobenius_norm() ** 2
 
 
+@pytest.mark.parametrize(("stride", "padding"), [(1, 0), (1, 1), (1, "same"), (2, 0), (2, 1), (3, 0), (3, 1)])
+def test_trap_16_factors_are_sums_patch_by_patch(stride, padding):
+    """Written out: every patch by itself, and the scores of every position."""
+    side = 1 if padding == "same" else padding
+    corners = [(i, j) for i in range(0, 3 + 2 * side, stride) for j in range(0, 4 + 2 * side, stride)]
+
+    def build() -> nn.Module:
+        conv = nn.Conv2d(2, 3, 3, stride=stride, padding=padding)
+        return nn.Sequential(conv, nn.Flatten(), nn.Linear(3 * len(corners), 2))
+
+    model, (x, y), _ = make_case(f"patches {stride} {padding}", build, (2, 5, 6), "gaussian", n=4)
+    padded = torch.nn.functional.pad(x, (side,) * 4)
+    patches = [
+        torch.cat([padded[:, :, i : i + 3, j : j + 3].flatten(1), torch.ones_like(x[:, 0, 0, :1])], 1)
+        for i, j in corners
+    ]
+    scores = model[2].weight.detach().view(2, 3, -1).unbind(2)  # at each position, and the same for every example
+    K = fl.KFAC(fl.Fisher(model, (x, y), likelihood="gaussian"))
+    assert error(K.factor_a["0"], sum(a.T @ a for a in patches) / (4 * len(corners))) < 1e-12
+    assert error(K.factor_g["0"], sum(g.T @ g for g in scores)) < 1e-12
+
+
 def test_reduce_is_exact_where_the_scores_do_not_depend_on_the_position():
     """A mean over positions after a linear layer: g is constant over t, so the block is (Σg)(mean a)."""
 

@@ -145,6 +145,36 @@ def test_weights_splits_and_ignored_labels():
                 assert error(found, explicit(F, layer)) < 1e-12
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "empirical", "rows": "example"},
+        {"kind": "mc", "mc_samples": 3, "mc_sampling": "stratified", "seed": 4},
+    ],
+)
+def test_options_of_the_rows(options):
+    model, data, likelihood = ZOO["segmentation"]()
+    F = fl.Fisher(model, data, likelihood=likelihood, **options)
+    rows, _ = collected(F)
+    for layer, found in rows.items():
+        assert error(found, explicit(F, layer)) < 1e-12
+    G = fl.Fisher(model, data, likelihood=likelihood, memory=F.plan.nbytes // 2, **options)
+    assert not G.plan.kept
+    for layer, found in collected(G)[0].items():
+        assert error(found, rows[layer]) < 1e-12
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_whatever_gradient_mode_surrounds_the_call(mode):
+    F, _, _ = as_rows()
+    truth, _ = collected(F)
+    with mode():
+        rows, _ = collected(F)
+    for layer in truth:
+        assert torch.equal(rows[layer], truth[layer])
+        assert not rows[layer].requires_grad
+
+
 def test_float32_and_bfloat16():
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-5)):
         model, (x, y), _ = ZOO["conv_padding"]()

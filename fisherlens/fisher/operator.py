@@ -106,6 +106,9 @@ class Fisher:
     -----
     Cost: R + 1 backward passes without weight gradients once; then about one gradient evaluation or less per product.
 
+    Model and data are referred to only where a later pass may be needed: scores that are not kept, and convolutions kept as explicit rows, of
+    which :class:`KFAC` takes inputs and output scores once more.
+
     Examples
     --------
     >>> model = torch.nn.Linear(3, 2)
