@@ -46,7 +46,7 @@ VARIABLE = {
 
 
 def test_public_names():
-    assert sorted(plots.__all__) == sorted([*PLOTS, "independence_panels", "kinds"])
+    assert sorted(plots.__all__) == sorted([*PLOTS, "dependence", "spatial_coupling", "independence_panels", "kinds"])
 
 
 @pytest.mark.parametrize("name", PLOTS)
@@ -362,7 +362,7 @@ def test_coupling_of_many_blocks_is_named_by_layer():
     assert not ax.texts
     edges = sorted(line.get_xdata()[0] for line in ax.get_lines() if line.get_xdata()[0] == line.get_xdata()[1])
     assert edges == [19.5, 39.5, 59.5]
-    assert len(texts(ax)) == 3  # counted, though the cells are too small for marks
+    assert len(texts(ax)) == 4  # counted, though the cells are too small for marks
 
 
 def test_coupling_of_many_blocks_without_layers_thins_its_ticks():

@@ -85,7 +85,9 @@ def coupling(
     exact kind; its own rows for empirical). All pairs share each permutation; ``p_value`` = (1 + #{null ≥ observed})/(1 + num_null), and
     ``p_adjusted`` compares with the largest standardised null value over all pairs (Westfall and Young's maxT), which controls the
     family-wise error. ``q_value`` is Benjamini and Hochberg's over all pairs, which controls the share of false ones among those found; it
-    cannot be below B(B-1)/2/(1 + num_null) over the number of pairs found. They test the R = 1 sample's coupling, which is noisier than the exact one.
+    cannot be below B(B-1)/2/(1 + num_null) over the number of pairs found. They test the R = 1 sample's coupling, which is noisier than the exact one. The null hypothesis is
+    independence, not a coupling of 0: blocks that are uncorrelated but share, say, a random length of their scores are found more often than by chance (40 % instead of 5 %
+    in a test of ours); :func:`dependence` is made for these.
 
     Cost in multiplications, r rows of U, p parameters in B blocks: whole layers B² r²/2 once their Gram matrices exist; units, or inputs, of
     dense layers at one position B² N²/2, whatever their size, by ‖F_oo'‖² = sᵀ[(AAᵀ)∘(AAᵀ)]s/N², s_n = Σ_r g_nro g_nro'; anything else the less of

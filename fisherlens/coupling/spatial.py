@@ -285,10 +285,12 @@ def _grid(F: Fisher, info: LayerInfo, positions: int, given: Sequence[int] | Non
     """Output positions along each axis."""
     if given is not None:
         shape = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
-        if any(isinstance(x, bool) or not isinstance(x, int) or x < 1 for x in shape) or math.prod(shape) != positions:
+        axes = len(info.weight.shape) - 2 if info.kind == "conv" and info.weight else len(shape)
+        whole = all(isinstance(x, int) and not isinstance(x, bool) and x >= 1 for x in shape)
+        if not whole or len(shape) != axes or math.prod(shape) != positions:
             raise InputError(
-                f"grid must be the output positions along each axis of layer {info.name!r}, positive integers with the product {positions}; got {given!r}. Leave it "
-                "out where the capture knows it."
+                f"grid must be the output positions along each axis of layer {info.name!r}, {axes} positive integers with the product {positions}; got {given!r}. "
+                "Leave it out where the capture knows it."
             )
         return shape
     found = _known_grid(F, info)

@@ -6,6 +6,7 @@ come from the ``long_name`` and ``units`` of the variables.
 
 from fisherlens.plots._coupling import coupling
 from fisherlens.plots._density import density
+from fisherlens.plots._dependence import dependence
 from fisherlens.plots._directions import directions
 from fisherlens.plots._ellipse import ellipse
 from fisherlens.plots._filters import filters
@@ -14,11 +15,13 @@ from fisherlens.plots._information import information
 from fisherlens.plots._kinds import kinds
 from fisherlens.plots._optimizers import optimizers
 from fisherlens.plots._partition import partition
+from fisherlens.plots._spatial import spatial_coupling
 from fisherlens.plots._spectrum import spectrum
 
 __all__ = [
     "coupling",
     "density",
+    "dependence",
     "directions",
     "ellipse",
     "filters",
@@ -28,5 +31,6 @@ __all__ = [
     "kinds",
     "optimizers",
     "partition",
+    "spatial_coupling",
     "spectrum",
 ]

@@ -14,10 +14,16 @@ if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.axes import Axes
 
-_MOST_NUMBERS = 12  # blocks up to which each cell carries its number
+MOST_NUMBERS = 12  # blocks up to which each cell carries its number
 _MOST_MARKS = 60  # blocks up to which single cells carry a mark that can be seen
 _MOST_NAMES = 40  # blocks up to which each block is named; more are named by layer where that is known
 
+TESTS = {"p_adjusted": "adjusted p", "q_value": "q", "p_value": "p"}  # variable and what a legend calls it
+
+_NOT_BELOW = (
+    "plot.coupling(below={below!r}) needs the variable {needs!r}; this Dataset has none. Compute it with fl.coupling (num_null > 0 for p-values), or pass "
+    "below='all'."
+)
 _NO_FLOOR = (
     "plot.coupling(excess=True) subtracts the variable 'noise_floor'; this Dataset has none. "
     "Pass the Dataset as fl.coupling returned it, or excess=False."
@@ -30,8 +36,10 @@ def coupling(
     *,
     excess: bool = False,
     alpha: float = 0.05,
+    test: str = "p_adjusted",
     show_significant: bool = True,
     show_noise: bool = True,
+    below: str | None = None,
     annotate: bool | None = None,
     boundaries: bool | None = None,
     colorbar: bool = True,
@@ -39,8 +47,9 @@ def coupling(
 ) -> Axes:
     """Draw the coupling of every pair of blocks as a heat map, with what chance alone would give.
 
-    A dot marks pairs whose ``p_adjusted`` is below ``alpha``, hatching those at or below their noise floor. The legend
-    counts both over the pairs of different blocks, each once, also where the cells are too small to be marked.
+    A dot marks pairs whose ``p_adjusted`` (or another ``test``) is below ``alpha``, hatching those at or below their noise floor. The legend
+    counts both over the pairs of different blocks, each once. Where the cells are too small for marks, the half below the diagonal
+    shows only what stands out, and the half above it everything.
 
     Parameters
     ----------
@@ -53,8 +62,14 @@ def coupling(
         Draw coupling minus noise floor, on a scale symmetric about zero and without the diagonal, instead of the coupling in [0, 1].
     alpha
         Level of the dots; 0.05 by convention.
+    test
+        What is compared with it: ``"p_adjusted"``, which bounds the chance of a single false dot; ``"q_value"``, which bounds the share of false ones among the
+        dots; or ``"p_value"``, which is right for a pair chosen beforehand.
     show_significant, show_noise
         Draw the dots; the hatching and the median floor in the colour bar.
+    below
+        What to draw below the diagonal: ``"all"``; only pairs that are ``"significant"`` at ``alpha``; or only those ``"above floor"``. None for "all" up to 60
+        blocks, then the first of the others that the Dataset has.
     annotate
         Write the numbers into the cells; None for up to 12 blocks.
     boundaries
@@ -68,7 +83,7 @@ def coupling(
 
     Raises
     ------
-    InputError: no ``coupling`` over (block_i, block_j), more dims than these, or ``excess`` without a noise floor.
+    InputError: no ``coupling`` over (block_i, block_j), more dims than these, ``excess`` without a noise floor, or ``below`` without what it needs.
     TypeError: not a Dataset.
 
     Examples
@@ -83,10 +98,10 @@ def coupling(
     array = common.read(dataset, "coupling", caller="coupling", source="fl.coupling", needs=needs)
     extra = {
         name: common.fit(dataset[name], caller="coupling", needs=needs).values.astype(float)
-        for name in ("noise_floor", "p_adjusted")
+        for name in ("noise_floor", common.choose("test", test, list(TESTS)), "coupling_sem")
         if name in dataset and set(needs) <= set(dataset[name].dims)
     }
-    floor, p_value = extra.get("noise_floor"), extra.get("p_adjusted")
+    floor, p_value = extra.get("noise_floor"), extra.get(test)
     if excess and floor is None:
         raise InputError(_NO_FLOOR)
     values = array.values.astype(float)
@@ -94,27 +109,70 @@ def coupling(
     side = float(np.clip(0.42 * count + 2.0, 4.8, 7.2))
     ax = common.new_axes(ax, side + 1.2, side)
     shown = np.where(np.eye(count, dtype=bool), np.nan, values - floor) if excess else values
-    image = _draw(ax, shown, excess)
+    kept, how = _below(below, count, values, floor, p_value, f"{TESTS[test]} < {alpha:g}", alpha)
+    shown = np.where(kept, shown, np.nan)
+    image = draw(ax, shown, excess)
     noisy = floor is not None and show_noise
     handles: list[Any] = []
     pairs = ~np.eye(count, dtype=bool)  # both triangles, so that a count is twice the number of pairs
     if p_value is not None and show_significant:
-        handles.append(_mark_significant(ax, (p_value < alpha) & pairs, alpha))
+        handles.append(mark_significant(ax, (p_value < alpha) & pairs, f"{TESTS[test]} < {alpha:g}"))
     if noisy:
         handles.append(_mark_noise(ax, (values <= floor) & pairs & np.isfinite(values)))
-    if annotate or (annotate is None and count <= _MOST_NUMBERS):
-        _write(ax, shown, image)
+    if how:
+        handles.append(note(f"below the diagonal: only pairs {how}"))
+    if "coupling_sem" in extra and count > 1 and np.isfinite(extra["coupling_sem"][pairs]).any():
+        handles.append(note(f"median standard error {np.nanmedian(extra['coupling_sem'][pairs]):.2g}"))
+    if annotate or (annotate is None and count <= MOST_NUMBERS):
+        write(ax, shown, image)
     layers = [str(name) for name in dataset["layer_i"].values] if "layer_i" in dataset.coords else None
-    _name(ax, array, layers, boundaries)
+    name_blocks(ax, array, layers, boundaries)
     if colorbar:
         text = f"{common.label(array)} − noise floor" if excess else common.label(array)
-        handles += _bar(ax, image, text, floor[pairs] if noisy and count > 1 and not excess else None)
+        handles += bar(ax, image, text, floor[pairs] if noisy and count > 1 and not excess else None)
     if legend:
         common.legend(ax, handles, **common.ABOVE)
     return ax
 
 
-def _draw(ax: Axes, values: np.ndarray, excess: bool) -> Any:
+def _below(
+    below: str | None,
+    count: int,
+    values: np.ndarray,
+    floor: np.ndarray | None,
+    p_value: np.ndarray | None,
+    words: str,
+    alpha: float,
+) -> tuple[np.ndarray, str]:
+    """Which cells to draw, and what that says of those below the diagonal."""
+    known = {"all": True, "significant": p_value is not None, "above floor": floor is not None}
+    if below is None:
+        below = (
+            next((name for name in ("significant", "above floor") if known[name]), "all")
+            if count > _MOST_MARKS
+            else "all"
+        )
+    elif not known[common.choose("below", below, list(known))]:
+        raise InputError(
+            _NOT_BELOW.format(below=below, needs="p_adjusted" if below == "significant" else "noise_floor")
+        )
+    upper = np.triu(np.ones((count, count), dtype=bool))
+    if below == "significant" and p_value is not None:
+        return upper | (p_value < alpha), f"with {words}"
+    if below == "above floor" and floor is not None:
+        return upper | (values > floor), "above the noise floor"
+    return np.ones_like(upper), ""
+
+
+def note(text: str) -> Any:
+    """An entry of a legend that is words alone."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], linestyle="none", label=text)
+
+
+def draw(ax: Axes, values: np.ndarray, excess: bool) -> Any:
+    """Cells in shades of [0, 1], or about zero."""
     from matplotlib import colormaps
 
     if excess:
@@ -123,23 +181,25 @@ def _draw(ax: Axes, values: np.ndarray, excess: bool) -> Any:
     else:
         shades, low, high = "YlGnBu", 0.0, 1.0
     image = ax.imshow(
-        values, cmap=colormaps[shades].with_extremes(bad="#D9D9D9"), vmin=low, vmax=high, interpolation="nearest"
+        values, cmap=colormaps[shades].with_extremes(bad="#E3E3E3"), vmin=low, vmax=high, interpolation="nearest"
     )
     common.tidy(ax, grid=None)
     ax.spines[:].set_visible(False)
     return image
 
 
-def _mark_significant(ax: Axes, cells: np.ndarray, alpha: float) -> Any:
+def mark_significant(ax: Axes, cells: np.ndarray, words: str, *, upper: bool = False) -> Any:
+    """Dots on the pairs of two blocks that are significant, on both sides of the diagonal or above it, and how many there are."""
     from matplotlib.lines import Line2D
 
     count = len(cells)
+    cells = cells & ~np.eye(count, dtype=bool)
     total = count * (count - 1) // 2
-    text = f"adjusted p < {alpha:g}: {cells.sum() // 2} of {total} pairs"
+    text = f"{words}: {cells.sum() // 2} of {total} pairs"
     if count > _MOST_MARKS:
-        return Line2D([], [], linestyle="none", label=text)
+        return note(text)
     size = max(1.5, min(5.0, 0.16 * common.span(ax, "y") / count * 72))
-    rows, columns = np.nonzero(cells)
+    rows, columns = np.nonzero(np.triu(cells) if upper else cells)
     style: dict[str, Any] = {
         "marker": "o",
         "markeredgecolor": common.INK,
@@ -152,14 +212,13 @@ def _mark_significant(ax: Axes, cells: np.ndarray, alpha: float) -> Any:
 
 def _mark_noise(ax: Axes, cells: np.ndarray) -> Any:
     from matplotlib.collections import PatchCollection
-    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch, Rectangle
 
     count = len(cells)
     total = count * (count - 1) // 2
     text = f"at or below the noise floor: {cells.sum() // 2} of {total} pairs"
     if count > _MOST_MARKS:
-        return Line2D([], [], linestyle="none", label=text)
+        return note(text)
     style: dict[str, Any] = {"facecolor": "none", "edgecolor": "#B0B0B0", "linewidth": 0.0, "hatch": "////"}
     squares = [Rectangle((column - 0.5, row - 0.5), 1, 1) for row, column in zip(*np.nonzero(cells), strict=True)]
     marks = PatchCollection(squares, **style)
@@ -169,7 +228,7 @@ def _mark_noise(ax: Axes, cells: np.ndarray) -> Any:
     return Patch(label=text, **style)
 
 
-def _write(ax: Axes, values: np.ndarray, image: Any) -> None:
+def write(ax: Axes, values: np.ndarray, image: Any) -> None:
     """Numbers in the cells, in the ink that the cell's own colour leaves readable."""
     size = float(np.clip(0.3 * common.span(ax, "y") / len(values) * 72, 5.5, 9.0))
     for (row, column), value in np.ndenumerate(values):
@@ -185,7 +244,7 @@ def _write(ax: Axes, values: np.ndarray, image: Any) -> None:
         ax.text(column, row, text, ha="center", va="center", fontsize=size, color="white" if dark else common.INK)
 
 
-def _name(ax: Axes, array: xr.DataArray, layers: list[str] | None, boundaries: bool | None) -> None:
+def name_blocks(ax: Axes, array: xr.DataArray, layers: list[str] | None, boundaries: bool | None) -> None:
     """Blocks by name while they are few, else layers at the middle of their blocks; lines where the layer changes."""
     count = array.sizes["block_i"]
     names = common.entries(array, "block_i")
@@ -209,15 +268,16 @@ def _name(ax: Axes, array: xr.DataArray, layers: list[str] | None, boundaries: b
     ax.set_ylabel(whole)
 
 
-def _bar(ax: Axes, image: Any, text: str, floor: np.ndarray | None) -> list[Any]:
-    bar = ax.figure.colorbar(image, ax=ax, fraction=0.046, pad=0.03)
-    bar.outline.set_visible(False)
-    bar.set_label(text, color=common.INK)
-    bar.ax.tick_params(labelsize=common.TICK_SIZE, color=common.FAINT, labelcolor=common.INK)
+def bar(ax: Axes, image: Any, text: str, floor: np.ndarray | None) -> list[Any]:
+    """The colour bar, with the median noise floor as a line in it."""
+    scale = ax.figure.colorbar(image, ax=ax, fraction=0.046, pad=0.03)
+    scale.outline.set_visible(False)
+    scale.set_label(text, color=common.INK)
+    scale.ax.tick_params(labelsize=common.TICK_SIZE, color=common.FAINT, labelcolor=common.INK)
     if floor is None or not np.isfinite(floor).any():
         return []
     middle = float(np.nanmedian(floor))
-    line = bar.ax.axhline(
+    line = scale.ax.axhline(
         middle, color=common.PALETTE[1], linewidth=2.0, label=f"median noise floor {middle:.2f} (in the colour bar)"
     )
     return [line]

@@ -33,12 +33,13 @@ def distance_correlation(x: Tensor, y: Tensor) -> float:
 
 
 def hsic(x: Tensor, y: Tensor) -> float:
-    """Normalised unbiased HSIC with Gaussian kernels exp(-d²/2σ²), σ the (lower) median distance of two samples."""
+    """Normalised unbiased HSIC with Gaussian kernels exp(-d²/2σ²), σ the (lower) median distance of two samples, or of two different ones if that is 0."""
     kernels = []
     for z in (x, y):
         d = (z[:, None] - z).norm(dim=2)  # (n, n)
         every = d[torch.triu(torch.ones_like(d), 1) > 0].sort().values
-        kernel = torch.exp(-(d**2) / (2 * every[(len(every) - 1) // 2] ** 2))
+        different = every if every[(len(every) - 1) // 2] > 0 else every[every > 0]
+        kernel = torch.exp(-(d**2) / (2 * different[(len(different) - 1) // 2] ** 2))
         kernels.append(kernel - torch.diag(kernel.diagonal()))
     return _ratio(*kernels)
 
