@@ -12,13 +12,10 @@ from torch import Tensor
 
 from fisherlens.approximations.base import Approximation
 from fisherlens.approximations.blocks import Blocks, MomentBlocks, RowBlocks, ScoreBlock
-from fisherlens.approximations.pieces import structure_of
-from fisherlens.approximations.structured import UnitBlocks, input_moments
 from fisherlens.errors import InputError, MemoryBudgetError, readable_bytes
 from fisherlens.fisher import Fisher, check_damping, require_fisher
 from fisherlens.partitions import BlockGroup, Partition
 from fisherlens.partitions import partition as make_partition
-from fisherlens.scores.base import PART
 
 
 class BlockDiagonal(Approximation):
@@ -206,8 +203,6 @@ def _entries(F: Fisher, group: BlockGroup) -> int:
         return len(group) * group.size**2
     if _is_whole(F, group):
         return F.scores.rows**2
-    if _structure(F, group) == "units":
-        return len(group) * rows**2
     return len(group) * (rows * group.size + rows**2)
 
 
@@ -220,8 +215,6 @@ def _build(F: Fisher, group: BlockGroup) -> tuple[slice, Blocks]:
         if _is_whole(F, group):
             whole = F.scores if group.layer is None else F.scores.restrict([group.layer])
             return at, ScoreBlock(whole, F.total_weight)
-        if _structure(F, group) == "units":
-            return at, UnitBlocks(index, scores, F.total_weight)
         rows = _cross_rows(F, index) if scores is None else scores.block_rows(index)
         return at, RowBlocks(index, rows / F.total_weight**0.5)
     if scores is None and _is_whole(F, group):
@@ -229,17 +222,7 @@ def _build(F: Fisher, group: BlockGroup) -> tuple[slice, Blocks]:
     if scores is None:
         rows = _cross_rows(F, index)
         return at, MomentBlocks(index, torch.bmm(rows.mT, rows) / F.total_weight)
-    if _structure(F, group) == "inputs":
-        return at, MomentBlocks(index, input_moments(scores).div_(F.total_weight))
     return at, MomentBlocks(index, scores.moments(index).div_(F.total_weight))
-
-
-def _structure(F: Fisher, group: BlockGroup) -> str | None:
-    """``"units"`` or ``"inputs"`` where these are all of a dense layer of one position, for which contractions are known."""
-    _, index, scores = _relative(F, group)
-    if scores is None or getattr(scores, "t", None) != 1 or scores.n > PART:
-        return None
-    return structure_of(scores, index)
 
 
 def _cross_rows(F: Fisher, index: Tensor) -> Tensor:
