@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherlens import errors
+from fisherlens.approximations.pieces import homogeneous_inputs, structure_of
 from fisherlens.errors import InputError, MemoryBudgetError, readable_bytes
 from fisherlens.fisher import Fisher, check_damping, require_fisher
 from fisherlens.linalg.dense import damped_cholesky
@@ -38,6 +39,8 @@ _BY = {
 _ALWAYS = 2000
 # Conjugate gradients of the probes: their error in a diagonal entry of λ(F + λ)⁻¹, which lies in (0, 1], is of this size (our choice).
 _TOL, _STEPS = 1e-5, 2000
+# Up to this tr F/λ the rounding of contractions, ε tr F/λ, stays below 1e-9 (our choice); beyond it triangular solves lose less.
+_CONTRACTED = 4e6
 
 
 def information(
@@ -80,8 +83,8 @@ def information(
 
     Notes
     -----
-    Cost: the diagonal; the smaller side of each block, in chunks; one Gram matrix and its Cholesky factor, and one triangular solve with explicit columns in
-    chunks, 2 (N R)² P operations. Above an order of 6,000 on both sides the diagonal of F (F + λ)⁻¹ is estimated: exact on a sketched range, random signs
+    Cost: the diagonal; the smaller side of each block, in chunks; one Gram matrix and its Cholesky factor; by layer, and by unit or input of dense
+    layers of one position, a product of matrices of its order; else one triangular solve with explicit columns in chunks, (N R)² operations per parameter. Above an order of 6,000 on both sides the diagonal of F (F + λ)⁻¹ is estimated: exact on a sketched range, random signs
     on the rest, each by conjugate gradients; then 1/(F_ii + λ) ≤ ((F + λ)⁻¹)_ii ≤ 1/λ holds the bound to its range. Effective dimensions of whole layers of
     such an order, where their Gram matrices exceed the budget, are estimated as by :func:`effective_dimension`.
 
@@ -109,7 +112,7 @@ def information(
 
     diagonal = F.diagonal().double().clamp(min=0)
     told, trace = summed(diagonal), diagonal.sum()
-    determined, free, determined_sem, words = _determined(F, damping, diagonal, summed, num_probes, seed)
+    determined, free, determined_sem, words = _determined(F, parts, damping, diagonal, summed, num_probes, seed)
     # what is possible: λ/(F_ii + λ) ≤ λ((F + λ)⁻¹)_ii ≤ 1
     determined = determined.clamp(min=0).minimum(summed(diagonal / (diagonal + damping)))
     free = free.minimum(sizes).maximum(summed(damping / (diagonal + damping)))
@@ -237,13 +240,18 @@ def _coords(F: Fisher, dim: str, parts: Partition) -> dict[str, Any]:
 
 
 def _determined(
-    F: Fisher, damping: float, diagonal: Tensor, summed: Callable[[Tensor], Tensor], num_probes: int, seed: int
+    F: Fisher,
+    parts: Partition,
+    damping: float,
+    diagonal: Tensor,
+    summed: Callable[[Tensor], Tensor],
+    num_probes: int,
+    seed: int,
 ) -> tuple[Tensor, Tensor, Tensor, str]:
     """Sums over the parts of the diagonals of F (F + λ)⁻¹ and of λ(F + λ)⁻¹, their standard error, and how they were found."""
     if F.solver.direct:
-        inverse = damping * F.solver.inverse_diagonal(damping)
-        total = summed((1 - inverse).where(diagonal > 0, 0))
-        return total, summed(inverse), torch.zeros_like(total), "exact: diagonal of the damped inverse"
+        total, free = _exact(F, parts, damping, diagonal, summed)
+        return total, free, torch.zeros_like(total), "exact: diagonal of the damped inverse"
     jacobi = _Jacobi(diagonal)
 
     def kept(v: Tensor) -> Tensor:
@@ -268,6 +276,48 @@ def _determined(
     )
     total = known + samples.mean(1)
     return total, summed(torch.ones_like(diagonal)) - total, samples.std(1) / k**0.5, words
+
+
+def _exact(
+    F: Fisher, parts: Partition, damping: float, diagonal: Tensor, summed: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The same two sums, exactly: on the row side ⟨(K/W + λ)⁻¹, K_b/W⟩ where K_b is a contraction, else from the columns of U."""
+    solver = F.solver
+    if solver.dense_side:
+        inverse = damping * solver.inverse_diagonal(damping)
+        return summed((1 - inverse).where(diagonal > 0, 0)), summed(inverse)
+    factor = solver.factor(damping)
+    kernel = torch.cholesky_inverse(factor) / F.total_weight if diagonal.sum() < _CONTRACTED * damping else None
+    total = torch.zeros(parts.num_blocks, dtype=torch.float64, device=F.device)
+    block = parts.block_of.to(F.device)
+    for layer, scores in zip(F.layout.layers, F.scores.layers, strict=True):
+        groups = [group for group in parts.groups if group.layer == layer.name]
+        found = [None if kernel is None else _contracted(F, group, kernel) for group in groups]
+        if all(values is not None for values in found):
+            for group, values in zip(groups, found, strict=True):
+                total[group.block_ids.to(F.device)] = values
+            continue
+        for chunk in scores.column_chunks():
+            half = torch.linalg.solve_triangular(factor, scores.columns(chunk).double(), upper=False)
+            total.index_add_(0, block[layer.start + chunk], half.square().sum(0) / F.total_weight)
+    return total, summed(torch.ones_like(diagonal)) - total
+
+
+def _contracted(F: Fisher, group: BlockGroup, kernel: Tensor) -> Tensor | None:
+    """Σ kernel ∘ K_b of every block b of a group, ``(B,)``, where no column of U is needed for it: whole layers, units and inputs of dense layers; else None."""
+    layer, scores = F.layout.layer(group.layer), F.scores[group.layer]
+    if group.size == layer.size:
+        return (kernel * F.scores.layer_gram(layer.name)).sum()[None]
+    structure = structure_of(scores, (group.index - layer.start).to(F.device))
+    if structure is None or scores.t != 1:
+        return None
+    a, g = homogeneous_inputs(scores)[:, 0].double(), scores.g[:, :, 0].flatten(0, 1).double()  # (n, d), (n r, d_o)
+    n, r = scores.n, scores.r
+    if structure == "units":  # K_o = (a·a') g_o g_o'
+        spread = (kernel.view(n, r, n, r) * (a @ a.T)[:, None, :, None]).view(n * r, n * r)
+        return (g * (spread @ g)).sum(0)
+    small = (kernel * (g @ g.T)).view(n, r, n, r).sum((1, 3))  # K_i = a_i a_i' (g·g')
+    return (a * (small @ a)).sum(0)
 
 
 class _Jacobi:

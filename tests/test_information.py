@@ -309,3 +309,27 @@ def test_table_refuses():
     ):
         fl.information_table(steps, "share")
     assert len(fl.information_table(steps.isel(step=[1]), "share", 2)) == 2
+
+
+@pytest.mark.parametrize("damping", [1e-5, 0.1])
+@pytest.mark.parametrize("by", ["layer", "unit", "channel", "kernel"])
+@pytest.mark.parametrize("name", ["mlp_tanh", "lenet", "mlp_no_bias", "frozen_first_layer"])
+def test_contractions_and_columns_agree(name, by, damping, monkeypatch):
+    c = case(name)
+    F = c.fisher()
+    assert not F.solver.dense_side
+    module = sys.modules["fisherlens.information"]
+    asked = []
+    columns = type(F.scores.layers[0]).columns
+    monkeypatch.setattr(
+        type(F.scores.layers[0]), "columns", lambda self, index: asked.append(1) or columns(self, index)
+    )
+    quick = fl.information(F, by, damping=damping)
+    if by in ("layer", "unit") and name.startswith("mlp"):
+        assert not asked  # no column of U was formed
+    check(F, c.matrix, by, damping)
+    monkeypatch.setattr(module, "_CONTRACTED", 0.0)
+    slow = fl.information(F, by, damping=damping)
+    assert asked
+    for key in ("determined", "std_bound"):
+        np.testing.assert_allclose(quick[key], slow[key], rtol=1e-8)
