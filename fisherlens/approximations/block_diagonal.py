@@ -12,10 +12,13 @@ from torch import Tensor
 
 from fisherlens.approximations.base import Approximation
 from fisherlens.approximations.blocks import Blocks, MomentBlocks, RowBlocks, ScoreBlock
+from fisherlens.approximations.pieces import structure_of
+from fisherlens.approximations.structured import InputBlocks, UnitBlocks
 from fisherlens.errors import InputError, MemoryBudgetError, readable_bytes
 from fisherlens.fisher import Fisher, check_damping, require_fisher
 from fisherlens.partitions import BlockGroup, Partition
 from fisherlens.partitions import partition as make_partition
+from fisherlens.scores.base import PART
 
 
 class BlockDiagonal(Approximation):
@@ -100,6 +103,18 @@ class BlockDiagonal(Approximation):
     def solve_flops(self) -> float:
         """Operations of the Cholesky factors, each of the smaller side of its block."""
         return sum(blocks.factor_flops for _, blocks in self._parts)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that the blocks hold once :meth:`prefer_inverses` has taken effect."""
+        held = sum(getattr(blocks, "held_entries", 2 * blocks.storage_entries) for _, blocks in self._parts)
+        return held * self.dtype.itemsize
+
+    def prefer_inverses(self) -> None:
+        """Solve by explicit inverses where blocks are kept as matrices; see :class:`MomentBlocks`."""
+        for _, blocks in self._parts:
+            if isinstance(blocks, MomentBlocks):
+                blocks.prefer_inverses()
 
     def on_layer(self, layer: str) -> BlockDiagonal:
         """The blocks of one layer, as a stand-in for ``F.restrict(layer)``; a block that crosses layers is cut."""
@@ -203,6 +218,8 @@ def _entries(F: Fisher, group: BlockGroup) -> int:
         return len(group) * group.size**2
     if _is_whole(F, group):
         return F.scores.rows**2
+    if _structure(F, group) == "units":
+        return len(group) * rows**2
     return len(group) * (rows * group.size + rows**2)
 
 
@@ -215,6 +232,8 @@ def _build(F: Fisher, group: BlockGroup) -> tuple[slice, Blocks]:
         if _is_whole(F, group):
             whole = F.scores if group.layer is None else F.scores.restrict([group.layer])
             return at, ScoreBlock(whole, F.total_weight)
+        if _structure(F, group) == "units":
+            return at, UnitBlocks(index, scores, F.total_weight)
         rows = _cross_rows(F, index) if scores is None else scores.block_rows(index)
         return at, RowBlocks(index, rows / F.total_weight**0.5)
     if scores is None and _is_whole(F, group):
@@ -222,7 +241,17 @@ def _build(F: Fisher, group: BlockGroup) -> tuple[slice, Blocks]:
     if scores is None:
         rows = _cross_rows(F, index)
         return at, MomentBlocks(index, torch.bmm(rows.mT, rows) / F.total_weight)
+    if _structure(F, group) == "inputs":
+        return at, InputBlocks(index, scores, F.total_weight)
     return at, MomentBlocks(index, scores.moments(index).div_(F.total_weight))
+
+
+def _structure(F: Fisher, group: BlockGroup) -> str | None:
+    """``"units"`` or ``"inputs"`` where these are all of a dense layer of one position, for which contractions are known."""
+    _, index, scores = _relative(F, group)
+    if scores is None or getattr(scores, "t", None) != 1 or scores.n > PART:
+        return None
+    return structure_of(scores, index)
 
 
 def _cross_rows(F: Fisher, index: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -9,6 +11,11 @@ from torch import Tensor
 
 from fisherlens.linalg.dense import damped_cholesky, self_gram
 from fisherlens.scores.matrix import ScoreMatrix
+
+# Blocks are factored in chunks of this size in float64, whose temporaries stay in the caches (our choice).
+_CHUNK_BYTES = 8 * 2**20
+# Rounding of a block's trace, relative to the damping, up to which its inverse is taken in its own dtype: relative error 1e-3 at most.
+_SAFE = 1e-3
 
 
 class Blocks(Protocol):
@@ -43,6 +50,19 @@ def _kept_trace(factor: Tensor, damping: float) -> Tensor:
     )  # rounding of a zero block
 
 
+def _factor_for_inverse(matrices: Tensor, damping: float) -> Tensor:
+    """Cholesky factors of M_b + λI, in the dtype of the blocks where λ is large enough for that, else in float64."""
+    damped = matrices.clone()
+    diagonal = damped.diagonal(dim1=-2, dim2=-1)
+    largest = diagonal.sum(-1).max().item()
+    if largest * torch.finfo(matrices.dtype).eps <= _SAFE * damping:
+        diagonal += damping
+        factor, info = torch.linalg.cholesky_ex(damped)
+        if not info.any():
+            return factor
+    return damped_cholesky(matrices, damping, f"A block of size {matrices.shape[-1]}")
+
+
 class MomentBlocks:
     """Blocks kept as matrices, one batched Cholesky for all of them.
 
@@ -57,6 +77,8 @@ class MomentBlocks:
     def __init__(self, index: Tensor, matrices: Tensor):
         self.index, self.matrices = index, matrices
         self._factor: tuple[float, Tensor] | None = None
+        self._inverse: tuple[float, Tensor, float] | None = None
+        self.inverts = False
 
     @property
     def storage_entries(self) -> int:
@@ -65,6 +87,45 @@ class MomentBlocks:
     @property
     def factor_flops(self) -> float:
         return self.matrices.numel() * self.matrices.shape[-1] / 3
+
+    @property
+    def held_entries(self) -> int:
+        """Numbers held once inverses have been taken."""
+        return 2 * self.matrices.numel()
+
+    def prefer_inverses(self) -> None:
+        """Solve by explicit inverses in the dtype of the blocks, which pays for many solves and takes the room of the blocks once more.
+
+        A solve is then one pass over the inverses instead of two, serial ones, over float64 factors; its relative error is that of the
+        dtype times the condition number of the damped blocks.
+        """
+        self.inverts = self.index.shape[1] > 1
+
+    def inverse(self, damping: float) -> tuple[Tensor, float]:
+        """(M_b + λI)⁻¹ and Σ_b log det(M_b + λI), from the factors of a chunk of blocks at a time."""
+        if self._inverse is None or self._inverse[0] != damping:
+            inverse = torch.empty(*self.index.shape, self.index.shape[1], dtype=self.dtype, device=self.index.device)
+            total, start = 0.0, 0
+            for some in self.chunks():
+                factor = _factor_for_inverse(some, damping)
+                total += 2 * factor.diagonal(dim1=-2, dim2=-1).double().log().sum().item()
+                inverse[start : start + len(some)] = torch.cholesky_inverse(factor)
+                start += len(some)
+            self._inverse = (damping, inverse, total)
+        return self._inverse[1:]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the blocks."""
+        return self.matrices.dtype
+
+    def chunks(self) -> Iterator[Tensor]:
+        """The matrices, a few at a time."""
+        yield from self.matrices.split(self._step)
+
+    @property
+    def _step(self) -> int:
+        return max(1, _CHUNK_BYTES // (8 * self.index.shape[1] ** 2))
 
     def product(self, v: Tensor, out: Tensor) -> None:
         if self.index.shape[1] == 1:
@@ -75,12 +136,16 @@ class MomentBlocks:
     def factor(self, damping: float) -> Tensor:
         """Cholesky factors of M_b + λI in float64, ``(B, s, s)``, the last one kept."""
         if self._factor is None or self._factor[0] != damping:
-            self._factor = (damping, damped_cholesky(self.matrices, damping, f"A block of size {self.index.shape[1]}"))
+            what = f"A block of size {self.index.shape[1]}"
+            factor = torch.cat([damped_cholesky(some, damping, what) for some in self.chunks()])
+            self._factor = (damping, factor)
         return self._factor[1]
 
     def solve(self, v: Tensor, damping: float, out: Tensor) -> None:
         if self.index.shape[1] == 1:
             out[self.index[:, 0]] = v[self.index[:, 0]] / (self.matrices[:, 0] + damping)
+        elif self.inverts:
+            out[self.index] = torch.bmm(self.inverse(damping)[0], v[self.index])
         else:
             out[self.index] = torch.cholesky_solve(v[self.index].double(), self.factor(damping)).to(v.dtype)
 
@@ -88,6 +153,8 @@ class MomentBlocks:
         """Σ_b log det(I + M_b/λ)."""
         if self.index.shape[1] == 1:
             return torch.log1p(self.matrices.double() / damping).sum().item()
+        if self.inverts:
+            return self.inverse(damping)[1] - self.index.numel() * math.log(damping)
         logs = self.factor(damping).diagonal(dim1=-2, dim2=-1).log()
         return (2 * logs.sum() - self.index.numel() * torch.tensor(damping, dtype=torch.float64).log()).item()
 
@@ -100,7 +167,7 @@ class MomentBlocks:
 
     def squared_norm(self) -> float:
         """Σ_b of the squared Frobenius norms."""
-        return torch.linalg.vector_norm(self.matrices.double()).square().item()
+        return sum(torch.linalg.vector_norm(x).item() ** 2 for x in self.chunks())
 
     def matrices_at(self) -> list[tuple[Tensor, Tensor]]:
         return list(zip(self.index, self.matrices, strict=True))

@@ -13,6 +13,7 @@ from fisherlens.independence.options import check_grid, check_options
 from fisherlens.independence.standin import Parts, StandIn, inside_layers
 from fisherlens.independence.table import Table
 from fisherlens.independence.target import Target
+from fisherlens.linalg.pencil import DENSE_ORDER
 from fisherlens.partitions import Partition
 from fisherlens.partitions import partition as make_partition
 from fisherlens.spectrum import WHOLE
@@ -29,8 +30,6 @@ FIXED = {
     "largest_block": ("parameters in the largest block", "1"),
     "storage_bytes": ("bytes of all blocks", "B"),
 }
-# Blocks take their own bytes and, in float64, those of their factors.
-_WITH_FACTORS = 3
 
 
 def independence(
@@ -139,12 +138,12 @@ def _unique_names(schemes: Sequence[Partition]) -> list[str]:
 class _Segments:
     """Builds the blocks of every partition, layer by layer, and has them judged; blocks that occur twice are built once.
 
-    What fits half of the memory budget is judged together, and kept for the whole network.
+    What fits the memory budget beside the scores is judged together, and kept for the whole network.
     """
 
     def __init__(self, F: Fisher, schemes: Sequence[Partition], table: Table):
         self.F, self.schemes, self.table = F, schemes, table
-        self.room = F.memory / 2
+        self.room = max(F.memory - F.plan.nbytes, F.memory / 4)
         self._kept: dict[tuple[int, str], BlockDiagonal] = {}
         self._kept_bytes = 0
 
@@ -176,12 +175,13 @@ class _Segments:
         self.table.judge(target, place, batch)
 
     def _matrix(self, scheme: Partition, row: int, layer: str) -> BlockDiagonal | Parts:
-        if layer != WHOLE:
-            return BlockDiagonal.part_of(self.F, scheme, layer)
         names = self.F.layout.layer_names
-        if inside_layers(scheme) and all((row, name) in self._kept for name in names):
+        if layer == WHOLE and inside_layers(scheme) and all((row, name) in self._kept for name in names):
             return Parts(self.F, {name: self._kept[row, name] for name in names})
-        return BlockDiagonal(self.F, scheme)
+        matrix = BlockDiagonal(self.F, scheme) if layer == WHOLE else BlockDiagonal.part_of(self.F, scheme, layer)
+        if matrix.n_params > DENSE_ORDER:  # Lanczos will ask for many solves
+            matrix.prefer_inverses()
+        return matrix
 
     def _keep(self, row: int, layer: str, matrix: Any) -> None:
         if layer == WHOLE or not inside_layers(self.schemes[row]):
@@ -193,7 +193,7 @@ class _Segments:
 
 
 def _bytes(matrix: Any) -> int:
-    return 0 if isinstance(matrix, Parts) else _WITH_FACTORS * matrix.storage_bytes
+    return 0 if isinstance(matrix, Parts) else matrix.held_bytes
 
 
 def _signature(own: Partition) -> Any:

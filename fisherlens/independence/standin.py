@@ -18,9 +18,9 @@ from fisherlens.partitions import Partition
 class Matrix(Protocol):
     """What a judgement asks of a stand-in, a subset of :class:`fisherlens.approximations.Approximation`."""
 
-    def __matmul__(self, v: Tensor) -> Tensor: ...
+    def _product(self, v: Tensor) -> Tensor: ...
 
-    def solve(self, v: Tensor, damping: float) -> Tensor: ...
+    def _solve(self, v: Tensor, damping: float) -> Tensor: ...
 
     def log_determinant(self, damping: float) -> float: ...
 
@@ -58,11 +58,11 @@ class StandIn:
     def product(self, v: Tensor, damping: float) -> Tensor:
         """The damped matrix that :meth:`solve` inverts, times V: (F̂ + λ) V unless the stand-in damps in a form of its own."""
         own = getattr(self.matrix, "damped_product", None)
-        return own(v, damping) if own is not None else (self.matrix @ v) + damping * v
+        return own(v, damping) if own is not None else self.matrix._product(v) + damping * v
 
     def solve(self, v: Tensor, damping: float) -> Tensor:
         """(F̂ + λ)⁻¹ V."""
-        return self.matrix.solve(v, damping)
+        return self.matrix._solve(v, damping)
 
     @property
     def damps_as_usual(self) -> bool:
@@ -91,13 +91,11 @@ class Parts:
             out[at] = act(part, v[at])
         return out
 
-    def __matmul__(self, v: Tensor) -> Tensor:
-        """F̂ V."""
-        return self._apply(v, lambda part, piece: part @ piece)
+    def _product(self, v: Tensor) -> Tensor:
+        return self._apply(v, lambda part, piece: part._product(piece))
 
-    def solve(self, v: Tensor, damping: float) -> Tensor:
-        """(F̂ + λ)⁻¹ V."""
-        return self._apply(v, lambda part, piece: part.solve(piece, damping))
+    def _solve(self, v: Tensor, damping: float) -> Tensor:
+        return self._apply(v, lambda part, piece: part._solve(piece, damping))
 
     def log_determinant(self, damping: float) -> float:
         """Log det(I + F̂/λ)."""

@@ -19,7 +19,7 @@ from fisherlens.errors import NonFiniteError
 # Up to this order LAPACK's dense solver is both faster and exact.
 DENSE_ORDER = 256
 # Share of the tolerance that the estimate residual²/gap may take: the gap is an estimate too (our choice).
-_QUADRATIC_SHARE = 0.1
+_QUADRATIC_SHARE = 0.2
 PRODUCT, SOLVE = "product", "solve"
 
 
@@ -59,7 +59,7 @@ def lanczos_run(start: Tensor, *, tol: float, max_steps: int, ends: Sequence[str
     start
         A vector ``(n,)``: the run begins with M⁻¹ of it.
     tol
-        Relative; a value is accepted when its residual is below tol · μ, or residual²/gap below a tenth of that, in two steps in a row.
+        Relative; a value is accepted when its residual is below tol · μ, or residual²/gap below a fifth of that, in two steps in a row.
     max_steps
         Steps after which what there is comes back unconverged.
     ends

@@ -23,13 +23,25 @@ _IDEAL = {  # the value that no approximation at all would have
     "energy_captured": 1.0,
     "decrease_ratio": 1.0,
     "condition_number": 1.0,
+    "metric_cosine": 1.0,
+    "mu_max": 1.0,
+    "mu_min": 1.0,
     "kl_divergence": 0.0,
 }
-_LOGARITHMIC = ("condition_number", "num_blocks", "largest_block", "storage_bytes")
+_LOGARITHMIC = (
+    "condition_number",
+    "mu_max",
+    "mu_min",
+    "predicted_steps",
+    "num_blocks",
+    "largest_block",
+    "storage_bytes",
+)
 _MOST_BARS = 60  # bars up to which their tops can be read; more become points
 _NO_LOG = (
     "plot.independence(scale='log') found no value above zero in {name!r}. Use scale='linear', or look at the values."
 )
+_ONE_LAYER = "plot.independence(over='damping') draws one line per partition, for one layer; got layers={layers}. Choose one of them, 'all' being the whole network."
 _ONE_FIGURE = (
     "plot.independence_panels draws into the Axes of every variable or of none; axes lacks {missing!r}. "
     "Pass a dict variable -> Axes for {variables}."
@@ -42,15 +54,16 @@ def independence(
     *,
     variable: str = "natural_gradient_cosine",
     layers: Sequence[str] | None = None,
+    over: str = "layer",
     scale: str = "auto",
     show_floor: bool = True,
     show_ideal: bool = True,
     legend: bool = True,
 ) -> Axes:
-    """Draw one quantity of every partition, in a group of bars for the whole network and for each layer.
+    """Draw one quantity of every partition, in a group of bars for the whole network and for each layer, or against the damping.
 
     More than 60 bars become points. On a logarithmic axis, where the length of a bar means nothing, points are drawn at
-    any number. A missing bar is a value that was not computed (NaN).
+    any number. A missing bar is a value that was not computed (NaN). With ``over="damping"`` every partition is a line.
 
     Parameters
     ----------
@@ -61,7 +74,9 @@ def independence(
     variable
         Any variable of the result over these dims, such as ``"energy_captured"``, ``"condition_number"``.
     layers
-        Names of the layers to draw, ``"all"`` being the whole network; None for every one.
+        Names of the layers to draw, ``"all"`` being the whole network; None for every one, or over dampings for ``"all"``.
+    over
+        ``"layer"``, or ``"damping"`` for a result with several dampings and one layer of it.
     scale
         ``"linear"``, ``"log"``, or ``"auto"``: logarithmic for condition number, block counts and sizes and storage.
     show_floor
@@ -77,8 +92,8 @@ def independence(
 
     Raises
     ------
-    InputError: an unknown variable, layer or scale, a further dim (such as ``damping``), or nothing above zero on a
-    logarithmic axis. TypeError: not a Dataset.
+    InputError: an unknown variable, layer or scale, a further dim (such as ``damping``), several layers over dampings, or nothing above
+    zero on a logarithmic axis. TypeError: not a Dataset.
 
     Examples
     --------
@@ -89,6 +104,8 @@ def independence(
     'cosine'
     """
     common.choose("scale", scale, ("auto", "linear", "log"))
+    if common.choose("value of over", over, ("layer", "damping")) == "damping":
+        return over_damping(dataset, ax, variable, layers, scale, show_ideal, legend)
     array = common.read(
         dataset, variable, caller="independence", source="fl.independence", needs=("partition", "layer")
     )
@@ -99,10 +116,7 @@ def independence(
     names = [common.entries(array, "layer")[place] for place in chosen]
     partitions = common.entries(array, "partition")
     values = array.values.astype(float)[:, chosen]
-    if scale == "auto":
-        scale = "log" if variable in _LOGARITHMIC and (values > 0).any() else "linear"
-    if scale == "log" and not (values > 0).any():
-        raise InputError(_NO_LOG.format(name=variable))
+    scale = _choose_scale(variable, values, scale)
     bars = scale == "linear" and values.size <= _MOST_BARS
     ax = common.new_axes(ax, float(np.clip(2.0 + 0.17 * values.size, 6.0, 11.0)), 4.2)
     places = np.arange(len(names)) + (0.35 if common.WHOLE in names[:1] else 0.0) * (np.arange(len(names)) > 0)
@@ -140,6 +154,56 @@ def independence(
     if legend:
         common.legend_above(ax, _ordered(ax, partitions))
     return ax
+
+
+def over_damping(
+    dataset: xr.Dataset,
+    ax: Axes | None,
+    variable: str,
+    layers: Sequence[str] | None,
+    scale: str,
+    show_ideal: bool,
+    legend: bool,
+) -> Axes:
+    """One line per partition against the damping, for one layer."""
+    needs = ("partition", "layer", "damping")
+    array = common.read(dataset, variable, caller="independence", source="fl.independence", needs=needs)
+    known = common.entries(array, "layer")
+    chosen = _choose_layers(known, [common.WHOLE] if layers is None else layers)
+    if len(chosen) > 1:
+        raise InputError(_ONE_LAYER.format(layers=[known[place] for place in chosen]))
+    values = array.values.astype(float)[:, chosen[0]]
+    scale = _choose_scale(variable, values, scale)
+    ax = common.new_axes(ax, 6.4, 4.2)
+    partitions, dampings = common.entries(array, "partition"), array["damping"].values
+    for number, (partition, (shade, turn)) in enumerate(zip(partitions, common.cycle(len(partitions)), strict=True)):
+        good = np.isfinite(values[number]) & ((values[number] > 0) | (scale == "linear"))
+        marker, style = common.MARKERS[number % len(common.MARKERS)], common.STYLES[turn % len(common.STYLES)]
+        look = {"color": shade, "linestyle": style, "marker": marker, "markersize": 5, "linewidth": 1.6}
+        ax.plot(dampings[good], values[number][good], label=partition, **look)
+    ax.set_xscale("log")
+    ideal = _IDEAL.get(variable)
+    if scale == "log":
+        ax.set_yscale("log")
+    elif ideal == 1.0 and np.nanmax(values, initial=0.0) <= 1.0:
+        ax.set_ylim(min(0.0, np.nanmin(values, initial=0.0) * 1.05), 1.06)
+    if ideal is not None and show_ideal:
+        ax.axhline(ideal, color=common.FAINT, linewidth=1.0, linestyle=(0, (4, 2)), zorder=1, label="full Fisher")
+    layer = known[chosen[0]]
+    ax.set_xlabel("damping λ [nat]" if layer == common.WHOLE else f"damping λ [nat], layer {layer}")
+    ax.set_ylabel(common.wrap(common.label(array), common.span(ax, "y")))
+    common.tidy(ax)
+    if legend:
+        common.legend_above(ax, _ordered(ax, partitions))
+    return ax
+
+
+def _choose_scale(variable: str, values: np.ndarray, scale: str) -> str:
+    if scale == "auto":
+        scale = "log" if variable in _LOGARITHMIC and (values > 0).any() else "linear"
+    if scale == "log" and not (values > 0).any():
+        raise InputError(_NO_LOG.format(name=variable))
+    return scale
 
 
 def independence_panels(
