@@ -22,7 +22,7 @@ from fisherlens.errors import (
     UnsupportedModuleError,
 )
 from fisherlens.fisher import Fisher
-from fisherlens.independence import independence
+from fisherlens.independence import compare_approximations, independence
 from fisherlens.information import information, information_table
 from fisherlens.likelihoods import (
     Bernoulli,
@@ -79,6 +79,7 @@ __all__ = [  # noqa: RUF022 - grouped by topic
     "dependence",
     "spatial_coupling",
     "independence",
+    "compare_approximations",
     "BlockDiagonal",
     "KFAC",
     "EKFAC",

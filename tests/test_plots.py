@@ -46,7 +46,7 @@ VARIABLE = {
 
 
 def test_public_names():
-    assert sorted(plots.__all__) == sorted([*PLOTS, "dependence", "spatial_coupling", "independence_panels", "kinds"])
+    assert sorted(plots.__all__) == sorted([*PLOTS, "approximations", "dependence", "spatial_coupling", "independence_panels", "kinds"])
 
 
 @pytest.mark.parametrize("name", PLOTS)

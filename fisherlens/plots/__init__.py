@@ -4,6 +4,7 @@ Every function takes ``(dataset, ax=None, *, ...)``, draws without computing, sh
 come from the ``long_name`` and ``units`` of the variables.
 """
 
+from fisherlens.plots._approximations import approximations
 from fisherlens.plots._coupling import coupling
 from fisherlens.plots._density import density
 from fisherlens.plots._dependence import dependence
@@ -19,6 +20,7 @@ from fisherlens.plots._spatial import spatial_coupling
 from fisherlens.plots._spectrum import spectrum
 
 __all__ = [
+    "approximations",
     "coupling",
     "density",
     "dependence",

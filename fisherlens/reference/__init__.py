@@ -65,6 +65,7 @@ from fisherlens.reference.directions import (
     projector,
     share_of_trace,
 )
+from fisherlens.reference.judgement import error_split, metric_cosine, predicted_steps
 from fisherlens.reference.kronecker import (
     best_kronecker_error,
     ekfac_block,
@@ -160,6 +161,7 @@ __all__ = [
     "empirical_fisher",
     "energy_captured",
     "energy_noise_floor",
+    "error_split",
     "factored_damping",
     "false_discovery",
     "fisher",
@@ -184,6 +186,7 @@ __all__ = [
     "mbf_scalar_rule",
     "mbf_statistic",
     "mc_fisher",
+    "metric_cosine",
     "natural_gradient_cosine",
     "negative_log_likelihood",
     "ngd_step",
@@ -196,6 +199,7 @@ __all__ = [
     "position_traces",
     "powell_damped",
     "preconditioned_spectrum",
+    "predicted_steps",
     "projected_factor",
     "projector",
     "quasi_diagonal",
