@@ -307,3 +307,47 @@ def test_it_learns_the_digits(method, options):
     loss = record.train_loss.values.squeeze()
     assert loss[-1] < 0.6 < loss[0]
     assert record.test_accuracy.values.squeeze()[-1] > 0.75
+
+
+@pytest.mark.parametrize("method", [NGD, TENGraD])
+def test_a_state_without_statistics_is_refreshed_at_once(method):
+    """Saved with new rows in every step, loaded to keep them for many."""
+    model, batch = network(), data()
+    opt = method(model, **OPTIONS, labels="true", refresh=1)
+    for _ in range(2):
+        step(opt, model, batch)
+    twin = copy.deepcopy(model)
+    other = method(twin, **OPTIONS, labels="true", refresh=100)
+    other.load_state_dict(opt.state_dict())
+    for opt_, net in ((opt, model), (other, twin)):
+        step(opt_, net, batch)
+    torch.testing.assert_close(flat(model), flat(twin), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", [TENGraD, FNGD])
+def test_activations_do_not_wait_for_a_step_without_statistics(method):
+    model, batch = network(), data()
+    opt = method(model, **OPTIONS, **({"epoch_steps": 1} if method is FNGD else {}))
+    step(opt, model, batch)
+    loss_of(model, batch).backward()
+    calls = [call for one in opt._tap._passes.values() for calls in one.calls.values() for call in calls]
+    assert len(calls) == 3
+    assert all(call.use.inputs.untyped_storage().nbytes() <= 8 for call in calls)
+    opt.step()
+    assert opt.diagnostics["refreshes"] == 1
+
+
+@pytest.mark.filterwarnings("ignore")  # of the tracer
+@pytest.mark.parametrize("method", [TENGraD, FNGD])
+def test_compiled_models(method):
+    """Traced, without a compiler: the hooks take part in the graph."""
+    results = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model = network()
+        opt = method(model, **OPTIONS, labels="true", refresh=2, **({"epoch_steps": 2} if method is FNGD else {}))
+        called = torch.compile(model, backend="eager") if compiled else model
+        for _ in range(4):
+            step(opt, called, data())
+        results.append(flat(model))
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)

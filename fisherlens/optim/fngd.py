@@ -154,6 +154,9 @@ class FNGD(RowMethod):
         self.epoch_steps = min(self.epoch_steps, self.diagnostics["steps"])
         self._schedule()
 
+    def _has_statistics(self) -> bool:
+        return True  # outside the first epoch there is nothing to wait for
+
     def _schedule(self) -> None:
         super()._schedule()
         if self.diagnostics["steps"] >= self.epoch_steps:

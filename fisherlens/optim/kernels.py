@@ -107,6 +107,15 @@ class RowMethod(NaturalGradient):
     def _check_method(self) -> None:
         pass
 
+    def _schedule(self) -> None:
+        super()._schedule()
+        if not self._due and not self._has_statistics():  # a state that was saved without any
+            self._due = self._tap.listening = True
+
+    def _has_statistics(self) -> bool:
+        """Whether a step without a refresh has anything to go by."""
+        return bool(self._kept)
+
     def _absorb(self, one: Pass, examples: int) -> None:
         self._passes.append((one, examples))
 

@@ -118,6 +118,9 @@ class QuasiDiagonal(RowMethod):
         shared = {"likelihood": likelihood, "labels": labels, "reduction": reduction, "refresh": refresh, "seed": seed}
         super().__init__(model, options, **shared)
 
+    def _has_statistics(self) -> bool:
+        return bool(self._averages)
+
     def _check_options(self, options: Mapping[str, Any]) -> None:
         super()._check_options(options)
         number("ema", options["ema"], 0.0, 1.0)

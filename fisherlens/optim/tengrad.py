@@ -83,7 +83,8 @@ class TENGraD(RowMethod):
     Notes
     -----
     Source: arXiv 2106.03947, github.com/saeedsoori/k-fac. The released reduced path lacks the 1/T, which makes its step
-    (1/T²)(F + λ/T²)⁻¹ ḡ; ours is exact where inputs or scores do not vary over positions. λ holds from one refresh to the next. Cost:
+    (1/T²)(F + λ/T²)⁻¹ ḡ; ours is exact where inputs or scores do not vary over positions. λ holds from one refresh to the next. A
+    layer that had no gradient at the refresh takes ḡ until the next one. Cost:
     a refresh 2 M² (d_i + d_o) + M³/3 per dense layer and one more backward pass; a step 4 M d_i d_o, two thirds of a gradient, and less
     for convolutions on path B by the number of positions. Kept between steps, and part of the state: M (d_i + d_o) floats or M rows,
     and M².

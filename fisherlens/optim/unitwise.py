@@ -116,6 +116,9 @@ class UnitWise(RowMethod):
         shared = {"likelihood": likelihood, "labels": labels, "reduction": reduction, "refresh": refresh, "seed": seed}
         super().__init__(model, options, **shared)
 
+    def _has_statistics(self) -> bool:
+        return bool(self._rows or self._averages)
+
     def _check_options(self, options: Mapping[str, Any]) -> None:
         super()._check_options(options)
         number("ema", options["ema"], 0.0, 1.0)
@@ -141,8 +144,9 @@ class UnitWise(RowMethod):
         if ema == 0 and self._examples < size:
             scores = batch_scores(layer, self._passes, like, "B")
             if type(scores) in (DenseScores, ExplicitScores):
-                trace = scores.trace()
-                self._require_finite_kernel(trace.view(1, 1), scale, layer.name)
+                bound = scores.largest() ** 2 * scores.n * size * max(scale, 1.0)
+                if not bound < torch.finfo(like.dtype).max:  # also where it is NaN
+                    self._require_finite_kernel(scores.trace().to(like.dtype).view(1, 1), scale, layer.name)
                 return scores if self.refresh == 1 else owned(scores)
         F = like.new_zeros(units, size, size)
         for scores in chunks(layer, self._passes, like):

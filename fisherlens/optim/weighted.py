@@ -26,40 +26,44 @@ class _WeightedGradient(torch.autograd.Function):
         c: Tensor,
         conv: tuple[Any, ...] | None,
     ) -> Tensor:
-        ctx.mark_dirty(output)
+        copied = torch.compiler.is_compiling()  # which follows no writing into a tensor without history
+        if not copied:
+            ctx.mark_dirty(output)
         ctx.save_for_backward(x, weight, c)
         ctx.conv, ctx.bias = conv, bias is not None
-        return output
+        return output.clone() if copied else output
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, c = ctx.saved_tensors
         _, to_x, to_weight, to_bias, _, _ = ctx.needs_input_grad
-        weighted = g * c.to(g.dtype).view(-1, *[1] * (g.ndim - 1))
         to_bias = to_bias and ctx.bias
         # under autocast the layer computed in another dtype than it stores
-        a, w = x.to(g.dtype), weight.to(g.dtype)
+        a, w, c = x.to(g.dtype), weight.to(g.dtype), c.to(g.dtype)
         dx = dw = db = None
         if ctx.conv is None:
-            if to_x:
-                dx = g @ w
-            if to_weight:
-                dw = weighted.reshape(-1, g.shape[-1]).T @ a.reshape(-1, a.shape[-1])
-            if to_bias:
-                db = weighted.reshape(-1, g.shape[-1]).sum(0)
+            dx = g @ w if to_x else None
+            weighted = (g * _like(c, g)).reshape(-1, g.shape[-1])
+            dw = weighted.T @ a.reshape(-1, a.shape[-1]) if to_weight else None
+            db = weighted.sum(0) if to_bias else None
         else:
             stride, padding, dilation, groups = ctx.conv
-            rest = (None, stride, padding, dilation, False, [0] * len(stride), groups)
-            if to_x:
-                dx = torch.ops.aten.convolution_backward(g, a, w, *rest, (True, False, False))[0]
-            if to_weight:
-                dw = torch.ops.aten.convolution_backward(weighted, a, w, *rest, (False, True, False))[1]
-            if to_bias:
-                db = weighted.flatten(2).sum((0, 2))
+            rest = ([w.shape[0]], stride, padding, dilation, False, [0] * len(stride), groups)
+            backward = torch.ops.aten.convolution_backward
+            dx = backward(g, a, w, *rest, (True, False, False))[0] if to_x else None
+            if a.numel() < g.numel():  # the weights go where they touch less memory
+                dw = backward(g, a * _like(c, a), w, *rest, (False, True, False))[1] if to_weight else None
+                db = (g.flatten(2).sum(2) * c[:, None]).sum(0) if to_bias else None
+            else:
+                _, dw, db = backward(g * _like(c, g), a, w, *rest, (False, to_weight, to_bias))
         cast = [
             None if d is None else d.to(kind) for d, kind in ((dx, x.dtype), (dw, weight.dtype), (db, weight.dtype))
         ]
         return None, *cast, None, None
+
+
+def _like(c: Tensor, x: Tensor) -> Tensor:
+    return c.view(-1, *[1] * (x.ndim - 1))
 
 
 def weigh_gradient(module: nn.Module, x: Tensor, output: Tensor, c: Tensor) -> Tensor:
@@ -75,4 +79,4 @@ def weigh_gradient(module: nn.Module, x: Tensor, output: Tensor, c: Tensor) -> T
         if geometry.pad_mode != "constant" or before != after:
             x, padding = geometry.padded(x), [0] * len(before)
         conv = (list(geometry.stride), padding, list(geometry.dilation), geometry.groups)
-    return _WeightedGradient.apply(output.data, x, module.weight, module.bias, c, conv)
+    return _WeightedGradient.apply(output.detach(), x, module.weight, module.bias, c, conv)
