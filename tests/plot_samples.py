@@ -137,6 +137,36 @@ def independence(layers=CNN, partitions=("layer", "unit", "cw-ngd", "mbf", "diag
     )
 
 
+def approximations(
+    names=("BlockDiagonal layer", "KFAC", "EKFAC", "unit", "mbf shared", "low-rank 10", "diagonal"),
+    layers=CNN,
+    dampings=None,
+    seed=6,
+) -> xr.Dataset:
+    """Errors that grow from the first to the last, and steps that get worse."""
+    rng = np.random.default_rng(seed)
+    shape = (len(names), len(layers) + 1)
+    dims = ("approximation", "layer")
+    dropped = np.linspace(0.3, 0.95, len(names))[:, None] * rng.uniform(0.9, 1.0, shape)
+    dropped[:, :-1] *= 0.5
+    within = rng.uniform(0.0, 0.3, shape) * (np.arange(len(names)) % 2)[:, None]
+    keep = np.clip(1 - dropped * rng.uniform(0.6, 1.0, shape), 0, 1)
+    coords = {"approximation": list(names), "layer": [*layers, "all"]}
+    over = dims
+    if dampings is not None:
+        keep = keep[None] ** np.linspace(1, 0.3, len(dampings))[:, None, None]
+        over, coords["damping"] = ("damping", *dims), list(dampings)
+    return xr.Dataset(
+        {
+            "dropped_coupling": _var(dims, dropped, "squared norm of the dropped couplings over ‖F‖²"),
+            "within_block_error": _var(dims, within, "squared error inside the blocks over ‖F‖²"),
+            "decrease_ratio": _var(over, keep**1.5, "decrease of the quadratic model, share of the exact step's"),
+            "natural_gradient_cosine": _var(over, keep, "cosine of the stand-in's and the exact natural gradient"),
+        },
+        coords,
+    )
+
+
 def information(layers=CNN, stages=None, seed=3) -> xr.Dataset:
     rng = np.random.default_rng(seed)
     shape = (len(layers), *([len(stages)] if stages else []))

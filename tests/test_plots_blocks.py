@@ -142,6 +142,98 @@ def test_independence_panels_on_given_axes():
         plots.independence_panels(samples.independence(), given, variables=["kl_divergence", "energy_captured"])
 
 
+def test_independence_over_dampings_is_a_line_per_partition():
+    grid = [1e-4, 1e-2, 1.0]
+    stacked = xr.concat([samples.independence(seed=seed) for seed in range(3)], xr.Variable("damping", grid))
+    before = stacked.copy(deep=True)
+    ax = plots.independence(stacked, over="damping")
+    lines = [line for line in ax.get_lines() if len(line.get_xdata()) == 3]
+    assert texts(ax) == ["layer", "unit", "cw-ngd", "mbf", "diagonal", "full Fisher"]
+    for line, values in zip(
+        lines, stacked.natural_gradient_cosine.sel(layer="all").transpose("partition", "damping").values, strict=True
+    ):
+        assert np.allclose(line.get_xdata(), grid)
+        assert np.allclose(line.get_ydata(), values)
+    assert ax.get_xscale() == "log"
+    assert ax.get_xlabel() == "damping λ [nat]"
+    xr.testing.assert_identical(stacked, before)
+    ax = plots.independence(
+        stacked, over="damping", variable="condition_number", layers="features.0", legend=False, show_ideal=False
+    )
+    assert (ax.get_xlabel(), ax.get_yscale()) == ("damping λ [nat], layer features.0", "log")
+    assert ax.get_legend() is None
+    message = (
+        "plot.independence(over='damping') draws one line per partition, for one layer; got layers=['features.0', 'all']. Choose one of them, "
+        "'all' being the whole network."
+    )
+    with pytest.raises(InputError, match=full(message)):
+        plots.independence(stacked, over="damping", layers=["features.0", "all"])
+    with pytest.raises(InputError, match="Unknown value of over 'seed'"):
+        plots.independence(stacked, over="seed")
+    with pytest.raises(InputError, match="without 'damping'"):
+        plots.independence(samples.independence(), over="damping")
+
+
+# --- approximations -------------------------------------------------------------------------------
+
+
+def test_approximations_stack_both_parts_of_the_error_beside_the_step():
+    dataset, before = samples.approximations(), samples.approximations()
+    panels = plots.approximations(dataset)
+    assert list(panels) == ["error", "step"]
+    whole = dataset.sel(layer="all")
+    bars = panels["error"].patches
+    count = dataset.sizes["approximation"]
+    assert np.allclose([bar.get_width() for bar in bars[:count]], whole.dropped_coupling)
+    assert np.allclose([bar.get_width() for bar in bars[count:]], whole.within_block_error)
+    assert np.allclose([bar.get_x() for bar in bars[count:]], whole.dropped_coupling)
+    marks = [line for line in panels["step"].get_lines() if line.get_linestyle() == "None"]
+    assert np.allclose(marks[0].get_xdata(), whole.decrease_ratio)
+    assert np.allclose(marks[1].get_xdata(), whole.natural_gradient_cosine)
+    assert ticks(panels["error"].yaxis) == list(dataset.approximation.values)
+    assert texts(panels["error"]) == ["coupling that was dropped", "error inside the blocks"]
+    assert texts(panels["step"]) == ["decrease ratio", "cosine of the natural gradients", "exact natural gradient"]
+    panels["error"].figure.draw_without_rendering()
+    xr.testing.assert_identical(dataset, before)
+
+
+def test_approximations_of_one_layer_damping_and_panel():
+    dataset = samples.approximations(dampings=[1e-3, 1e-1])
+    panels = plots.approximations(dataset, panels=["step"], layer="features.3", damping=2e-1, legend=False)
+    mark = panels["step"].get_lines()[0]
+    assert np.allclose(mark.get_xdata(), dataset.decrease_ratio.sel(layer="features.3", damping=1e-1))
+    assert panels["step"].get_legend() is None
+    axes = dict(zip(("step", "error"), plt.subplots(1, 2)[1], strict=True))
+    drawn = plots.approximations(dataset, axes)
+    assert all(drawn[name] is axes[name] for name in axes)
+    missing = "plot.approximations draws into the Axes of every panel or of none; axes lacks 'error'. Pass a dict panel -> Axes for ['error', 'step']."
+    with pytest.raises(InputError, match=full(missing)):
+        plots.approximations(dataset, {"step": axes["step"]})
+    with pytest.raises(InputError, match="Unknown panel 'errors'"):
+        plots.approximations(dataset, panels=["errors"])
+    with pytest.raises(InputError, match=r"Unknown layer 'features\.4'"):
+        plots.approximations(dataset, layer="features.4")
+    with pytest.raises(
+        InputError, match=r"plot\.approximations\(damping=0\.1\) chooses among several dampings; this result has one"
+    ):
+        plots.approximations(samples.approximations(), damping=0.1)
+    with pytest.raises(InputError, match="reads the variable 'dropped_coupling'"):
+        plots.approximations(samples.independence())
+    with pytest.raises(TypeError, match=r"plot\.approximations draws an xarray Dataset; got list"):
+        plots.approximations([])
+
+
+def test_approximations_name_what_was_not_computed():
+    dataset = samples.approximations()
+    hole = dataset.copy(deep=True)
+    for name in hole.data_vars:
+        hole[name][1] = np.nan
+    panels = plots.approximations(hole)
+    for ax in panels.values():
+        assert [text.get_text() for text in ax.texts] == ["not computed"]
+    panels["step"].figure.draw_without_rendering()
+
+
 # --- information ----------------------------------------------------------------------------------
 
 
