@@ -39,6 +39,7 @@ sys.modules["fisherlens.plot"] = fisherlens.plot  # under the name by which user
 for name, module in list(sys.modules.items()):
     if name.startswith("fisherlens."):
         vars(module).setdefault("xr", import_module("xarray"))
+        vars(module).setdefault("pd", import_module("pandas"))
         vars(module).setdefault("Axes", import_module("matplotlib.axes").Axes)
 
 # --- project ---------------------------------------------------------------------------------------------------------
@@ -79,7 +80,7 @@ numpydoc_show_class_members = False
 numpydoc_validation_checks: set[str] = set()  # tests/test_docs.py compares docstrings with signatures
 # Other projects' inventories would have to be fetched; their names stay plain text.
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|numpy|np|xarray|xr|matplotlib|scipy|nn|collections|pathlib|typing|os|tqdm)\..*"),
+    ("py:.*", r"(torch|numpy|np|xarray|xr|pandas|pd|matplotlib|scipy|nn|collections|pathlib|typing|os|tqdm)\..*"),
     ("py:(attr|class|meth)", r"plan|LayerPlan|Fisher\.(solve|dense)"),  # said from inside, shown from outside
     ("py:.*", r"(Axes|Tensor|optional|.*\.(Tensor|Axes|Dataset|DataArray|DataTree))"),
 ]

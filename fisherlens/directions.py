@@ -93,7 +93,7 @@ def directions(
 
     Returns
     -------
-    Dataset over ``rank``, the place in the complete spectrum (NaN-free, descending; of a sloppy end by Lanczos counted back from the rank bound), with
+    Dataset over ``rank``, the place in the complete spectrum from 0, the stiffest (of a sloppy end by Lanczos counted back from the rank bound), with
     the coordinate ``side``: ``eigenvalue`` in nat; ``residual_norm`` ‖F v - λ v‖; ``share`` of tr F; ``layer_share (rank, layer)``, rows sum to 1;
     ``participation`` 1/Σ v⁴, the effective number of parameters that take part; ``top_parameter``, the label of the largest entry, and
     ``top_parameter_share``, its square; ``std_bound`` 1/√(N(λ_i + λ)), the Cramér–Rao width along the direction with a Gaussian prior of precision Nλ;

@@ -177,8 +177,9 @@ def information_table(
     --------
     >>> import fisherlens as fl
     >>> F = fl.Fisher(torch.nn.Linear(3, 2), (torch.eye(3), torch.tensor([0, 1, 0])), likelihood="categorical")
-    >>> list(fl.information_table(fl.information(F, "unit"), "share", 1).index)
-    ['(root) unit 1']
+    >>> table = fl.information_table(fl.information(F, "unit"), "share", 1)
+    >>> list(table.columns[:3])
+    ['layer', 'information', 'share']
     """
     import xarray as xr
 
