@@ -27,12 +27,29 @@
 from fisherlens.optim.cwngd import CWNGD
 from fisherlens.optim.ekfac import EKFAC
 from fisherlens.optim.fngd import FNGD
+from fisherlens.optim.kbfgs import KBFGS
 from fisherlens.optim.kfac import KFAC
 from fisherlens.optim.mbf import MBF
 from fisherlens.optim.ngd import NGD
 from fisherlens.optim.projected_kfac import ProjectedKFAC
 from fisherlens.optim.quasidiagonal import QuasiDiagonal
+from fisherlens.optim.shampoo import Shampoo
 from fisherlens.optim.tengrad import TENGraD
+from fisherlens.optim.tnt import TNT
 from fisherlens.optim.unitwise import UnitWise
 
-__all__ = ["CWNGD", "EKFAC", "FNGD", "KFAC", "MBF", "NGD", "ProjectedKFAC", "QuasiDiagonal", "TENGraD", "UnitWise"]
+__all__ = [
+    "CWNGD",
+    "EKFAC",
+    "FNGD",
+    "KBFGS",
+    "KFAC",
+    "MBF",
+    "NGD",
+    "TNT",
+    "ProjectedKFAC",
+    "QuasiDiagonal",
+    "Shampoo",
+    "TENGraD",
+    "UnitWise",
+]

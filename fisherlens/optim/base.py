@@ -64,6 +64,7 @@ class NaturalGradient(torch.optim.Optimizer, ABC):
     scalar_kinds: tuple[str, ...] = ()  # kinds of layers to which the method applies a rule without scores
     rest_rule = "gradient / (1 + damping)"  # of parameters without statistics, as the warnings put it
     momentum_of_directions = True  # False: the method applies momentum itself, to gradients
+    nesterov = False  # True: the step is the direction plus μ times its sum with all earlier ones
 
     def __init__(
         self,
@@ -283,7 +284,9 @@ class NaturalGradient(torch.optim.Optimizer, ABC):
         if options["kl_clip"] is not None:
             self._clip(direction, gradient, options["lr"], options["kl_clip"])
         if options["momentum"] and self.momentum_of_directions:
+            own = direction.clone() if self.nesterov else None
             self._add_momentum(direction, active, options["momentum"])
+            direction = direction if own is None else own.add_(direction, alpha=options["momentum"])
         return direction
 
     def _rest(self, gradient: Tensor, damping: float) -> Tensor:

@@ -48,7 +48,7 @@ def mbf_scalar_rule(g: Tensor, state: Mapping[str, Any] | None = None) -> tuple[
 
 def contraction(G: Tensor, mode: int) -> Tensor:
     """Σ G_...i... G_...j... over all other axes, ``(n_mode, n_mode)``."""
-    slices = G.movedim(mode, 0).flatten(1)  # (n_mode, rest)
+    slices = G.movedim(mode, 0).reshape(G.shape[mode], -1)  # (n_mode, rest)
     return slices @ slices.T
 
 
@@ -83,7 +83,7 @@ def shampoo_direction(gradients: list[Tensor], damping: float, block: int = 128)
 
 
 def tnt_direction(G: Tensor, statistic: Tensor, damping: float) -> Tensor:
-    """Direction of TNT from one mean gradient at sampled labels: G times (U_i + λI)⁻¹ along each axis.
+    """Direction of TNT from one mean gradient at sampled labels: G times (U_i + λ^(1/k) I)⁻¹ along each of k axes.
 
     U_i = H_i / (c^(k-1) ∏_{j≠i} n_j), H_i the contraction of the statistic, c = (tr H_1 / ∏ n)^(1/k): c is the mean eigenvalue of all U_i.
     """
@@ -94,5 +94,5 @@ def tnt_direction(G: Tensor, statistic: Tensor, damping: float) -> Tensor:
         U = contraction(statistic, mode) / (
             c ** (k - 1) * math.prod(m for j, m in enumerate(statistic.shape) if j != mode)
         )
-        u = along(u, torch.linalg.inv(damped(U, damping)), mode)
+        u = along(u, torch.linalg.inv(damped(U, damping ** (1 / k))), mode)
     return u

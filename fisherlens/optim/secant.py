@@ -1,0 +1,65 @@
+"""BFGS updates of inverses, one or a batch: (B, d, d) matrices and (B, d, 1) vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Sums:
+    """Over positions: Σ a aᵀ, Σ a, and Σ g / T; how many positions and examples there were."""
+
+    A: Tensor
+    a: Tensor
+    g: Tensor
+    count: int
+    examples: int
+
+    @classmethod
+    def of(cls, a: Tensor, g: Tensor) -> Sums:
+        """Sum inputs (B, d_i, n, T) and scores (B, d_o, n, T)."""
+        n, t = a.shape[2:]
+        flat = a.flatten(2)
+        return cls(flat @ flat.mT, flat.sum(2)[..., None], g.sum((2, 3))[..., None] / t, n * t, n)
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+def bfgs(H: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """(I - ρ s yᵀ) H (I - ρ y sᵀ) + ρ s sᵀ with ρ = 1 / sᵀy, and where sᵀy > 0 allowed it, (B,); H stays elsewhere."""
+    sy = s.mT @ y  # (B, 1, 1)
+    rho = 1 / sy.where(sy > 0, 1.0)
+    Hy = H @ y
+    # written out, with O(d²) operations
+    new = H - rho * (s @ Hy.mT + Hy @ s.mT) + (rho + rho.square() * (y.mT @ Hy)) * (s @ s.mT)
+    used = (sy[:, 0, 0] > 0) & torch.isfinite(new).flatten(1).all(1)
+    new = (new + new.mT) / 2
+    return new.where(used[:, None, None], H), used
+
+
+def powell_damped(s: Tensor, y: Tensor, Hy: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Damp s until sᵀy ≥ 0.2 yᵀHy, then y until sᵀy ≥ ε sᵀs."""
+    sy, yHy = s.mT @ y, y.mT @ Hy
+    small = sy < 0.2 * yHy
+    theta = (0.8 * yHy / (yHy - sy).where(small, 1.0)).where(small, 1.0)
+    s = theta * s + (1 - theta) * Hy
+    sy, ss = s.mT @ y, s.mT @ s
+    small = sy <= epsilon * ss
+    theta = ((1 - epsilon) * ss / (ss - sy).where(small & (ss > sy), 1.0)).where(small & (ss > sy), 1.0)
+    return s, theta * y + (1 - theta) * s
+
+
+def by_pairs(S: Tensor, Y: Tensor, x: Tensor) -> Tensor:
+    """H x for the H that starts as I and was updated by the pairs in ``S`` and ``Y``, (m, B, d, 1), in their order; x (B, d, k)."""
+    kept = []
+    for s, y in zip(S.flip(0), Y.flip(0), strict=True):
+        alpha = s.mT @ x / (s.mT @ y)
+        x = x - y @ alpha
+        kept.append((s, y, alpha))
+    for s, y, alpha in reversed(kept):
+        x = x + s @ (alpha - y.mT @ x / (s.mT @ y))
+    return x
