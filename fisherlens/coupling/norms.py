@@ -89,9 +89,9 @@ def possible_ways(scores: ScoreMatrix, parts: Partition, memory: int) -> list[_W
 
 def subset(parts: Partition, blocks: Tensor) -> Partition:
     """Some blocks of a partition, in the order given; they cover no more than themselves."""
-    ids = blocks.tolist()
-    names = parts.labels
-    flat = torch.cat([parts.blocks[b] for b in ids])
-    return Partition(
-        parts.scheme, parts.layout, parts.sizes[ids].copy(), flat, parts.options, lambda: [names[b] for b in ids]
-    )
+    ids = blocks.numpy()
+    sizes = parts.sizes[ids]
+    starts = (np.cumsum(parts.sizes) - parts.sizes)[ids]
+    place = np.repeat(starts - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())
+    flat = parts.flat[torch.from_numpy(place)]
+    return Partition(parts.scheme, parts.layout, sizes, flat, parts.options, lambda: [parts.labels[b] for b in ids])
