@@ -46,7 +46,12 @@ def in_gradients(task: Task, prepare: Callable[[], Any], run: Callable[[Any], An
         units += [before, after]
         ratios.append(2 * elapsed / (before + after))
     found = {"seconds": statistics.median(seconds), "gradients": statistics.median(ratios)}
-    return found | {"low": min(ratios), "high": max(ratios), "rounds": rounds, "gradient_seconds": statistics.median(units)}
+    return found | {
+        "low": min(ratios),
+        "high": max(ratios),
+        "rounds": rounds,
+        "gradient_seconds": statistics.median(units),
+    }
 
 
 def fisher(task: Task) -> fl.Fisher:
@@ -95,7 +100,9 @@ def measure(network: str, options: Any) -> dict[str, Any]:
     """All figures of one network."""
     model, (x, y) = NETWORKS[network].make(options.n)
     task = Task(model, x, y, options.memory)
-    fl.independence(fisher(task.part(2)), ["layer", "unit"], progress_bar=False)  # what is loaded on first use is nobody's time
+    fl.independence(
+        fisher(task.part(2)), ["layer", "unit"], progress_bar=False
+    )  # what is loaded on first use is nobody's time
     capture = in_gradients(task, lambda: None, lambda _: fisher(task), options.rounds)
     found = {"n": len(y), "params": task.size, "capture": capture, "couplings": couplings(task, options.rounds)}
     if network in options.tables:
@@ -107,12 +114,16 @@ def parse() -> Any:
     """The options, ``--smoke`` applied."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="*", default=list(REFERENCES), choices=list(NETWORKS))
-    parser.add_argument("--tables", nargs="*", default=["lenet"], choices=list(NETWORKS), help="networks whose table is made")
+    parser.add_argument(
+        "--tables", nargs="*", default=["lenet"], choices=list(NETWORKS), help="networks whose table is made"
+    )
     parser.add_argument("--n", type=int, default=128, help="examples (default 128)")
     parser.add_argument("--memory", default="2GiB", help="memory= of our Fisher (default 2GiB)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of each (default 7)")
     parser.add_argument("--table-rounds", type=int, default=3, help="most rounds of a table (default 3)")
-    parser.add_argument("--check", action="store_true", help="also the error of the condition numbers, from a slower table")
+    parser.add_argument(
+        "--check", action="store_true", help="also the error of the condition numbers, from a slower table"
+    )
     parser.add_argument("--smoke", action="store_true", help="one tiny network: does it run?")
     parser.add_argument("--json", help="write all figures to this file")
     parser.add_argument("--markdown", help="write the section of docs/benchmarks.md to this file")

@@ -35,7 +35,11 @@ def rows_of(name: str, found: dict[str, Any], goals: dict[str, dict[str, float]]
             note.append(f"condition numbers to {100 * row['condition_error']:.2g} %")
         if row.get("left_out"):
             note.append(f"{row['left_out']} entries over the memory budget")
-        shown = [number(row["gradients"]), f"{number(row['low'])} to {number(row['high'])}", f"≤ {number(goal)}" if goal else "-"]
+        shown = [
+            number(row["gradients"]),
+            f"{number(row['low'])} to {number(row['high'])}",
+            f"≤ {number(goal)}" if goal else "-",
+        ]
         rows.append([TITLES.get(name, name), words, *shown, number(row["seconds"]), "; ".join(note)])
     return rows
 
@@ -57,7 +61,7 @@ def markdown(payload: dict[str, Any]) -> str:
         "## Blocks and their independence",
         f"Measured on: {payload['machine']}. N = {settings['n']}, `memory={settings['memory']!r}`.",
         "Times are in gradient evaluations on the same data, medians, with the range over the rounds. The couplings are "
-        "`fl.coupling(F, \"layer\", num_null=0)`. The table is `fl.independence(F)`: five segmentations, every layer and the whole network, condition "
+        '`fl.coupling(F, "layer", num_null=0)`. The table is `fl.independence(F)`: five segmentations, every layer and the whole network, condition '
         "numbers to 1 %. Goals are those set for the package before it was written.",
         table(HEAD, rows),
     ]
