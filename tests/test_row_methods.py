@@ -28,8 +28,10 @@ from test_optim import (
 from torch import nn
 from torch.nn import functional
 
+from fisherlens import Fisher
 from fisherlens.errors import InputError, NumericalWarning
 from fisherlens.optim import FNGD, NGD, QuasiDiagonal, TENGraD, UnitWise
+from fisherlens.reference import blockwise_step
 from fisherlens.training import problem, train
 
 METHODS = [NGD, TENGraD, FNGD, UnitWise, QuasiDiagonal]
@@ -351,3 +353,55 @@ def test_compiled_models(method):
             step(opt, called, data())
         results.append(flat(model))
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", [NGD, TENGraD, FNGD])
+def test_hooks_of_others_may_change_an_output(method):
+    """The layer's scores are those at its own output, in weighted backward passes too."""
+    model, (x, y) = network(), data()
+    model[3].register_forward_hook(lambda module, args, output: 2 * output.square())
+    model[5].register_full_backward_hook(lambda module, before, after: None)
+    clip = {} if method is FNGD else {"kl_clip": None}
+    opt = method(
+        model, **OPTIONS, labels="true", momentum=0.0, **clip, **({"epoch_steps": 1} if method is FNGD else {})
+    )
+    for first in (True, False):
+        rows, before = rows_of(copy.deepcopy(model), x, y), flat(model)
+        step(opt, model, (x, y))
+        if first:
+            blocks = [torch.arange(len(before))] if method is NGD else layer_blocks(model)
+            wanted = blockwise_step(before, rows, rows.mean(0), blocks, lr=0.05, damping=0.1)
+        elif method is FNGD:
+            wanted = before.clone()
+            for b, c in zip(layer_blocks(model), opt.coefficients_of.values(), strict=True):
+                wanted[b] -= 0.05 * rows[:, b].T @ c / len(x)
+        else:
+            break
+        torch.testing.assert_close(flat(model), wanted, rtol=1e-8, atol=1e-10)
+
+
+class Positions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(2, 3, 2)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("method", [NGD, TENGraD])
+@pytest.mark.parametrize("likelihood", ["categorical", "gaussian", "bernoulli"])
+def test_sampled_labels_give_the_fisher_in_its_own_scale(method, likelihood):
+    """Whatever the loss: F with one draw per example, positions of a categorical output being terms of the mean."""
+    model = seeded(Positions)
+    x = torch.randn(6, 2, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    F = Fisher(model, (x, None), likelihood=likelihood, kind="mc", seed=1).dense()
+    before = flat(model)
+    opt = method(model, **OPTIONS, likelihood=likelihood, labels="sampled", seed=1, kl_clip=None, momentum=0.0)
+    loss = model(x).square().mean()
+    opt.zero_grad()
+    loss.backward()
+    g = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+    opt.step()
+    wanted = before - 0.05 * torch.linalg.solve(F + 0.1 * torch.eye(len(F), dtype=x.dtype), g)
+    torch.testing.assert_close(flat(model), wanted, rtol=1e-8, atol=1e-11)

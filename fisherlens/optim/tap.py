@@ -137,7 +137,9 @@ class ScoreTap:
         for layer in layers:
             module = modules["" if layer.name == ROOT else layer.name]
             self._own[layer.name] = [(info.leaf, weakref.ref(parameters[info.name])) for info in layer.parameters]
-            self.handles.append(module.register_forward_hook(_Hook(self, "_record", layer), with_kwargs=True))
+            # first of all hooks: what others make of the output is no part of the layer
+            hook = _Hook(self, "_record", layer)
+            self.handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
             first = parameters[layer.parameters[0].name]
             self.handles.append(first.register_post_accumulate_grad_hook(_Hook(self, "_confirm", layer.name)))
         self.handles.append(model.register_forward_hook(_Hook(self, "_leave")))
