@@ -16,11 +16,12 @@
 - *Training mode* is accepted: dropout is as it was in the forward pass, and the batch statistics of BatchNorm count as constants in the
   gradients of the examples.
 - *Parameters without statistics* (embeddings, recurrent layers, tensors of one's own modules or tied between modules) move along
-  ḡ / (1 + damping), announced once by a NumericalWarning.
+  ḡ / (1 + damping), announced once by a NumericalWarning; a method whose source has another rule (TENGraD: ḡ) follows that.
 - *Failures*: a gradient with NaN or infinity is refused with the name of its parameter, parameters and state unchanged. A block that is
   not positive definite is tried again with 10, 100, …, 10⁶ times the damping, then takes gradient over damping, counted in ``opt.diagnostics``.
 - *The model* can be copied and pickled, and its copies feed nothing here. ``opt.remove_hooks()`` takes the hooks off, and they go with
-  the optimizer. ``opt.state_dict()`` resumes bit by bit. Bfloat16 autocast is fine; a ``GradScaler`` is refused.
+  the optimizer. ``opt.state_dict()`` resumes bit by bit. Bfloat16 autocast and ``torch.compile`` are fine; a ``GradScaler`` is refused.
+  Inputs of layers that an optimizer still needs must not be written over before the step: that is noticed, and an InputError.
   Processes that train one model together are not coordinated: each would keep the statistics of its own examples.
 """
 
