@@ -30,7 +30,7 @@ from torch.nn import functional
 
 from fisherlens import Fisher
 from fisherlens.errors import InputError, NumericalWarning
-from fisherlens.optim import FNGD, NGD, QuasiDiagonal, TENGraD, UnitWise
+from fisherlens.optim import CWNGD, FNGD, NGD, QuasiDiagonal, TENGraD, UnitWise
 from fisherlens.reference import blockwise_step
 from fisherlens.training import problem, train
 
@@ -405,3 +405,19 @@ def test_sampled_labels_give_the_fisher_in_its_own_scale(method, likelihood):
     opt.step()
     wanted = before - 0.05 * torch.linalg.solve(F + 0.1 * torch.eye(len(F), dtype=x.dtype), g)
     torch.testing.assert_close(flat(model), wanted, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("method", [CWNGD, *METHODS])
+def test_a_buffer_that_is_filled_again_too_early_is_noticed(method):
+    model, (x, y) = network(), data()
+    opt = method(model, **OPTIONS)
+    buffer = x.clone()
+    loss_of(model, (buffer, y)).backward()
+    buffer.copy_(data(seed=1)[0])
+    with pytest.raises(
+        InputError, match="The input of layer '0' was changed in place after the layer had read it, so its"
+    ):
+        loss_of(model, (buffer, y)).backward()
+    opt.zero_grad()
+    step(opt, model, (buffer, y))
+    assert opt.diagnostics["steps"] == 1

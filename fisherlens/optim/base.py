@@ -174,7 +174,14 @@ class NaturalGradient(torch.optim.Optimizer, ABC):
             self._weight += one.weight
         self._examples += examples
         if self._tap.listening:
+            self._check_inputs(one)
             self._absorb(one, examples)
+
+    def _check_inputs(self, one: Pass) -> None:
+        """Refuse inputs that were written over since the backward pass, as by the next batch in the same buffer."""
+        for name, calls in one.calls.items():
+            if any(call.layer.weight is not None and call.use.modified for call in calls):
+                raise InputError(texts.WRITTEN_OVER.format(layer=name))
 
     def _check_moved(self) -> None:
         """Refuse parameters of another dtype or device than those that the state was made for."""
