@@ -118,8 +118,8 @@ def directions(
     Notes
     -----
     Cost: exact, one Gram matrix of order N R and 9 (N R)³ operations, and two half-products per direction; the projector by layer adds one
-    product of matrices of that order for each layer, and ``leverage`` 2 (N R)² P operations. No P × P matrix unless P is the smaller side. Signs are chosen so that the
-    largest entry is positive. Stiff and sloppy: Transtrum et al., *J. Chem. Phys.* 143, 010901 (2015).
+    product of matrices of that order for each layer, and ``leverage`` 2 (N R)² P operations. No P × P matrix unless P is the smaller side. Signs are chosen
+    so that the largest entry is positive. Stiff and sloppy: Transtrum et al., *J. Chem. Phys.* 143, 010901 (2015).
 
     Examples
     --------

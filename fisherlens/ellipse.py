@@ -60,8 +60,8 @@ def ellipse(
         The Fisher operator. Its quadratic form is the divergence's for the exact kind; the mc kind estimates it, the empirical one is another matrix.
     directions
         The plane: two flat vectors ``(P,)`` or dicts name → tensor; a tensor ``(P, 2)`` or a dict name → ``(*shape, 2)``, or pairs of tensors; two labels such
-        as ``"0.weight[1,2]"``, or two flat indices; or what :func:`directions` returns with ``vectors=True`` and two ranks selected, ``found.sel(rank=[0, 9])``. They are
-        made unit vectors e_1, e_2 and not orthogonalised: x and y count what each of them adds.
+        as ``"0.weight[1,2]"``, or two flat indices; or what :func:`directions` returns with ``vectors=True`` and two ranks selected, ``found.sel(rank=[0,
+        9])``. They are made unit vectors e_1, e_2 and not orthogonalised: x and y count what each of them adds.
     radius
         r > 0, a divergence in nat per example, one or several.
     model, data
@@ -69,7 +69,8 @@ def ellipse(
     grid
         Points on each axis where the divergence is evaluated; odd numbers hold the origin.
     extent
-        Half-widths of the grid along x and y, a number for both; None for 1.6 times those of the largest ellipse (along what it does not bound, as far as along the rest; 1 where it bounds nothing).
+        Half-widths of the grid along x and y, a number for both; None for 1.6 times those of the largest ellipse (along what it does not bound, as far as
+        along the rest; 1 where it bounds nothing).
     num_angles
         Points on each ellipse.
     progress
@@ -77,21 +78,23 @@ def ellipse(
 
     Returns
     -------
-    Dataset with ``boundary_x``, ``boundary_y`` ``(contour, angle)``, the ellipse of each ``radius (contour)`` in units of the parameters; ``metric (axis_i, axis_j)`` e_iᵀ F e_j in nat,
-    with ``overlap`` e_1·e_2; ``eigenvalue (rank)``, the curvatures of the plane along its principal directions ``principal (rank, axis_i)`` of unit length (coefficients of
-    e_1 and e_2); ``semi_axis (contour, rank)`` √(2 r / eigenvalue) and ``half_width (contour, axis_i)``, how far the ellipse reaches along x and y; ``kl_quadratic (y, x)`` ½ δᵀFδ
-    and, with model and data, ``kl (y, x)``, the mean KL(p_θ ‖ p_θ+δ) over the terms of the data, both in nat; infinite where the network overflows. ``bounded`` is False
-    where a direction of the plane has no information: the "ellipse" is then two parallel lines, ``semi_axis`` and ``half_width`` are infinite, and so are the boundary's points.
+    Dataset with ``boundary_x``, ``boundary_y`` ``(contour, angle)``, the ellipse of each ``radius (contour)`` in units of the parameters; ``metric (axis_i,
+    axis_j)`` e_iᵀ F e_j in nat, with ``overlap`` e_1·e_2; ``eigenvalue (rank)``, the curvatures of the plane along its principal directions ``principal
+    (rank, axis_i)`` of unit length (coefficients of e_1 and e_2); ``semi_axis (contour, rank)`` √(2 r / eigenvalue) and ``half_width (contour, axis_i)``,
+    how far the ellipse reaches along x and y; ``kl_quadratic (y, x)`` ½ δᵀFδ and, with model and data, ``kl (y, x)``, the mean KL(p_θ ‖ p_θ+δ) over the
+    terms of the data, both in nat; infinite where the network overflows. ``bounded`` is False where a direction of the plane has no information: the
+    "ellipse" is then two parallel lines, ``semi_axis`` and ``half_width`` are infinite, and so are the boundary's points.
 
     Raises
     ------
-    InputError: directions of another size, zero, or dependent; an unknown label; a radius that is not finite and positive; model or data without the other, or not those of F; a
-    likelihood without a divergence. NonFiniteError: a direction with NaN or infinity. TypeError: directions of another type.
+    InputError: directions of another size, zero, or dependent; an unknown label; a radius that is not finite and positive; model or data without the other,
+    or not those of F; a likelihood without a divergence. NonFiniteError: a direction with NaN or infinity. TypeError: directions of another type.
 
     Notes
     -----
-    Cost: two half-products; with model and data ``grid``² forward passes over the data. θ are the parameters when F was built, also where the model was trained since; what F
-    does not cover (frozen parameters, buffers) is the model's own. A Gaussian likelihood and a model that is linear in its parameters agree with the ellipse everywhere.
+    Cost: two half-products; with model and data as many forward passes over the data as the grid has points. θ are the parameters when F was built, also
+    where the model was trained since; what F does not cover (frozen parameters, buffers) is the model's own. A Gaussian likelihood and a model that is
+    linear in its parameters agree with the ellipse everywhere.
 
     Examples
     --------

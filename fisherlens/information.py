@@ -64,14 +64,14 @@ def information(
 
     Returns
     -------
-    Dataset over ``layer``, ``unit``, ``kernel``, ``channel`` or ``param``: ``information`` tr F_bb in nat; ``share`` of tr F; ``saliency`` ½ Σ θ_i² F_ii in nat,
-    the divergence that removing the part would cause if F were diagonal (LeCun, Denker and Solla 1990 with the Fisher for the Hessian);
-    ``effective_dimension`` tr F_bb (F_bb + λ)⁻¹ of the part alone; ``determined`` Σ_i [F (F + λ)⁻¹]_ii, how many directions of the whole live here, couplings
-    to all other parts included: its sum over all parts is the effective dimension of F, and of a parameter it is the part of the prior variance 1/(Nλ)
-    that the data remove; ``std_bound`` √(((F + λ)⁻¹)_ii / N), the Cramér–Rao width with a Gaussian prior of precision Nλ (root mean square over the part),
-    in units of the parameter; ``dead``, no information at all; ``num_dead``, parameters of the part with F_ii = 0, on which no output depends: they cannot
-    be identified; ``size``; ``value`` of a parameter. Standard errors ``std_bound_sem``, ``determined_sem`` and ``effective_dimension_sem`` are 0 where exact.
-    Parameters that can be identified only together show in :func:`directions`.
+    Dataset over ``layer``, ``unit``, ``kernel``, ``channel`` or ``param``: ``information`` tr F_bb in nat; ``share`` of tr F; ``saliency`` ½ Σ θ_i² F_ii in
+    nat, the divergence that removing the part would cause if F were diagonal (LeCun, Denker and Solla 1990 with the Fisher for the Hessian);
+    ``effective_dimension`` tr F_bb (F_bb + λ)⁻¹ of the part alone; ``determined`` Σ_i [F (F + λ)⁻¹]_ii, how many directions of the whole live here,
+    couplings to all other parts included: its sum over all parts is the effective dimension of F, and of a parameter it is the part of the prior variance
+    1/(Nλ) that the data remove; ``std_bound`` √(((F + λ)⁻¹)_ii / N), the Cramér–Rao width with a Gaussian prior of precision Nλ (root mean square over the
+    part), in units of the parameter; ``dead``, no information at all; ``num_dead``, parameters of the part with F_ii = 0, on which no output depends: they
+    cannot be identified; ``size``; ``value`` of a parameter. Standard errors ``std_bound_sem``, ``determined_sem`` and ``effective_dimension_sem`` are 0
+    where exact. Parameters that can be identified only together show in :func:`directions`.
 
     Raises
     ------
@@ -84,9 +84,10 @@ def information(
     Notes
     -----
     Cost: the diagonal; the smaller side of each block, in chunks; one Gram matrix and its Cholesky factor; by layer, and by unit or input of dense
-    layers of one position, a product of matrices of its order; else one triangular solve with explicit columns in chunks, (N R)² operations per parameter. Above an order of 6,000 on both sides the diagonal of F (F + λ)⁻¹ is estimated: exact on a sketched range, random signs
-    on the rest, each by conjugate gradients; then 1/(F_ii + λ) ≤ ((F + λ)⁻¹)_ii ≤ 1/λ holds the bound to its range. Effective dimensions of whole layers of
-    such an order, where their Gram matrices exceed the budget, are estimated as by :func:`effective_dimension`.
+    layers of one position, a product of matrices of its order; else one triangular solve with explicit columns in chunks, (N R)² operations per parameter.
+    Above an order of 6,000 on both sides the diagonal of F (F + λ)⁻¹ is estimated: exact on a sketched range, random signs on the rest, each by conjugate
+    gradients; then 1/(F_ii + λ) ≤ ((F + λ)⁻¹)_ii ≤ 1/λ holds the bound to its range. Effective dimensions of whole layers of such an order, where their
+    Gram matrices exceed the budget, are estimated as by :func:`effective_dimension`.
 
     Examples
     --------

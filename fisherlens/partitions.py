@@ -227,7 +227,8 @@ class Partition:
         if info.bias is not None and info.bias is not shown:
             variables["bias_block"] = ("output", ids[info.bias.start : info.bias.stop], number)
         coords = {"output": np.arange(rows), "input": np.arange(variables["block"][1].shape[1])}
-        width = shown.shape[-1] if info.kind == "conv" and len(shown.shape) > 2 else info.input_map[-1] if info.input_map else 1
+        window = shown.shape[2:] if info.kind == "conv" else info.input_map or ()
+        width = window[-1] if window else 1
         facts = {"layer": layer, "scheme": self.scheme, "columns_per_channel": int(kernel), "kernel_width": int(width)}
         return make_dataset(variables, coords, method="segmentation of the parameters", **facts)
 

@@ -32,8 +32,9 @@ def directions(
 ) -> dict[str, Axes]:
     """Draw the eigenvalue of each direction, and below it the share of each layer.
 
-    Ranks count from 1, the largest eigenvalue; a gap parts the stiff from the sloppy side. Full points are identifiable (above noise and damping), open ones are not;
-    squares belong to a group of eigenvalues too close to be told apart, whose single directions are arbitrary: only sums over the group mean something.
+    Ranks count from 1, the largest eigenvalue; a gap parts the stiff from the sloppy side. Full points are identifiable (above noise and damping), open
+    ones are not; squares belong to a group of eigenvalues too close to be told apart, whose single directions are arbitrary: only sums over the group mean
+    something.
 
     Parameters
     ----------
@@ -164,6 +165,8 @@ def _map(ax: Axes, array: xr.DataArray, places: list[float], annotate: bool | No
     from matplotlib.patches import Rectangle
 
     shades, values = colormaps["YlGnBu"], array.values.astype(float)
+    top = np.nanmax(values, initial=0.0)
+    high = 1.0 if top > 0.5 else max(float(top), 1e-3)  # of many layers each has a small share
     layers = common.entries(array, "layer")
     ax.set_ylim(len(layers) - 0.5, -0.5)  # the first layer on top, as a network is read
     room = common.span(ax, "x") / (places[-1] - places[0] + 1.2), common.span(ax, "y") / len(layers)
@@ -171,16 +174,16 @@ def _map(ax: Axes, array: xr.DataArray, places: list[float], annotate: bool | No
     write = size >= 6 if annotate is None else annotate
     for column, place in enumerate(places):
         for row, value in enumerate(values[column]):
-            tone = shades(np.clip(value, 0.0, 1.0)) if np.isfinite(value) else common.GRID
+            tone = shades(np.clip(value / high, 0.0, 1.0)) if np.isfinite(value) else common.GRID
             ax.add_patch(Rectangle((place - 0.5, row - 0.5), 1, 1, facecolor=tone, edgecolor="white", linewidth=0.6))
             if write and value >= 0.01:
-                ink = "white" if value > 0.6 else common.INK
+                ink = "white" if value > 0.6 * high else common.INK
                 ax.text(place, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=max(size, 5.5), color=ink)
     common.tidy(ax, grid=None)
     ax.spines[:].set_visible(False)
     common.name_ticks(ax, "y", range(len(layers)), layers)
     ax.set_ylabel("layer")
-    bar = ax.figure.colorbar(ScalarMappable(Normalize(0, 1), shades), ax=around, fraction=0.035, pad=0.02, aspect=30)
+    bar = ax.figure.colorbar(ScalarMappable(Normalize(0, high), shades), ax=around, fraction=0.035, pad=0.02, aspect=30)
     bar.outline.set_visible(False)
     bar.set_label(common.label(array) + (", in per cent in the cells" if write else ""), color=common.INK)
     bar.ax.tick_params(labelsize=common.TICK_SIZE, color=common.FAINT, labelcolor=common.INK)

@@ -24,8 +24,8 @@ def ellipse(
 ) -> Axes:
     """Draw the Fisher ellipse of each radius, and where the true divergence has the same value.
 
-    Dashed is the quadratic model, solid the true divergence in the same colour: where the two part, the quadratic model ends. A plane that holds a direction without
-    information has two parallel lines in place of each ellipse.
+    Dashed is the quadratic model, solid the true divergence in the same colour: where the two part, the quadratic model ends. A plane that holds a
+    direction without information has two parallel lines in place of each ellipse.
 
     Parameters
     ----------
