@@ -30,7 +30,7 @@ def check(U: Tensor, ds, parts: fl.Partition, measure: str, tolerance: float = 1
     found, linear = ds["dependence"].values, ds["linear_coupling"].values
     assert np.array_equal(found, found.T)
     pairs = list(itertools.combinations_with_replacement(range(len(blocks)), 2))
-    for i, j in pairs[:: len(pairs) // 6 + 1]:
+    for i, j in pairs[:: len(pairs) // 4 + 1]:
         truth = TWINS[measure](U[:, blocks[i]], U[:, blocks[j]])
         assert found[i, j] == pytest.approx(truth, abs=tolerance), (i, j)
     rho = reference.coupling(U.T @ U, blocks).numpy()
@@ -93,13 +93,13 @@ def test_float32_threads_and_strips():
 @pytest.mark.parametrize("measure", TWINS)
 def test_independent_blocks_are_found_at_the_nominal_rate(measure):
     """Heads with outputs and inputs of their own: uniform p-values, and a mean dependence of 0."""
-    found = [fl.dependence(heads(s, n=12), measure=measure, num_null=19, seed=s) for s in range(80)]
+    found = [fl.dependence(heads(s, n=12), measure=measure, num_null=19, seed=s) for s in range(60)]
     p = np.array([ds["p_value"].values[0, 1] for ds in found])
     for level in (0.1, 0.5):
-        assert within((p <= level + 1e-9).sum(), 80, level), level
+        assert within((p <= level + 1e-9).sum(), 60, level), level
     values = np.array([ds["dependence"].values[0, 1] for ds in found])
     assert (values < 0).any()
-    assert abs(values.mean()) < 4 * values.std(ddof=1) / 80**0.5
+    assert abs(values.mean()) < 4 * values.std(ddof=1) / 60**0.5
 
 
 @pytest.mark.slow
@@ -124,21 +124,21 @@ def shared_scale(seed: int, n: int = 120) -> fl.Fisher:
 def test_dependent_blocks_without_correlation_are_found():
     """Found by both measures in nearly every sample; the exact coupling is 0, and its test, whose null is independence, finds some."""
     hits = {"dcor": 0, "hsic": 0, "coupling": 0}
-    for seed in range(25):
+    for seed in range(12):
         F = shared_scale(seed)
         for measure in TWINS:
             hits[measure] += fl.dependence(F, measure=measure, num_null=39, seed=seed)["p_value"].values[0, 1] <= 0.05
         ds = fl.coupling(F, num_null=39, seed=seed)
         assert ds["coupling"].values[0, 1] < 1e-7
         hits["coupling"] += ds["p_value"].values[0, 1] <= 0.05
-    assert hits["dcor"] >= 23
-    assert hits["hsic"] >= 23
-    assert hits["coupling"] <= 15
+    assert hits["dcor"] >= 10
+    assert hits["hsic"] >= 11
+    assert hits["coupling"] <= 8
 
 
 def test_a_shared_length_of_the_output_score_can_be_taken_out():
     """One output: blocks share its score ε, scores ε x_i; divided by |ε|, and by nothing else, as the twin does."""
-    F = heads(0, planted=0.0, n=40)
+    F = heads(0, planted=0.0, n=20)
     U = sampled_rows(F, 3)
     parts = fl.partition(F, "layer")
     plain = fl.dependence(F, seed=3, num_null=0)
