@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,27 +12,10 @@ from torch import Tensor, nn
 from fisherlens.errors import InputError
 from fisherlens.layout import LayerInfo
 from fisherlens.optim import texts
-from fisherlens.optim.averages import Averages
 from fisherlens.optim.base import choice
 from fisherlens.optim.factors import LayerWise, matrix_of, matrix_shape, positions, whole, write_matrix
-from fisherlens.optim.secant import Sums, bfgs, by_pairs, powell_damped
+from fisherlens.optim.secant import Secants, Sums, bfgs, by_pairs, powell_damped, random_states, set_random_states
 from fisherlens.optim.tap import Pass
-
-
-@dataclass(eq=False)
-class Secants(Averages):
-    """Averages and inverses of B blocks."""
-
-    layer: str
-    A: Tensor  # (B, d_i, d_i), average of a aᵀ
-    H_a: Tensor  # (B, d_i, d_i)
-    H_g: Tensor  # (B, d_o, d_o), or none with a memory
-    s: Tensor  # (B, d_o, 1), average change of the mean pre-activation
-    y: Tensor  # (B, d_o, 1), average change of its mean score
-    S: Tensor  # (memory, B, d_o, 1), the newest pair last
-    Y: Tensor
-    steps: int = 0
-    pairs: int = 0
 
 
 class KBFGS(LayerWise):
@@ -174,19 +156,19 @@ class KBFGS(LayerWise):
         if closure is None:
             raise InputError(texts.NO_CLOSURE.format(name=self.name))
         due, device = self._due, self._parameters[0].device
-        before = _random_states(device)
+        before = random_states(device)
         loss = super().step(closure)
         if due:
-            after = _random_states(device)
+            after = random_states(device)
             self._tap.listening = True
             try:
-                _set_random_states(before, device)
+                set_random_states(before, device)
                 with torch.enable_grad():
                     closure()
                 self._tap.flush()
                 self._learn()
             finally:
-                _set_random_states(after, device)
+                set_random_states(after, device)
                 self._clear()
                 self._schedule()
         return loss
@@ -265,13 +247,3 @@ class KBFGS(LayerWise):
                     record.S, record.Y = torch.cat([record.S[1:], s[None]]), torch.cat([record.Y[1:], y[None]])
                     record.pairs = min(record.pairs + 1, self.memory)
             self.diagnostics["skipped"] += int((~used).sum())
-
-
-def _random_states(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _set_random_states(states: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if states[1] is not None:
-        torch.cuda.set_rng_state(states[1], device)

@@ -19,8 +19,10 @@ from fisherlens.optim.projection import (
     change_basis,
     damping_columns,
     orthonormal,
+    random_basis,
     recursive_inverse,
     rows_of,
+    seen_from,
     shares,
 )
 from fisherlens.optim.tap import Call, Pass
@@ -187,20 +189,14 @@ class ProjectedKFAC(LayerWise):
     def _look(self, layer: LayerInfo, calls: Sequence[Call], bases: Sequence[Tensor]) -> None:
         """Add one pass to what is seen from the bases."""
         for rows in rows_of(layer, calls, self._parameters[0].dtype, self._workspace):
-            found = tuple(self._project(x, P) for x, P in zip(rows, bases, strict=True))
+            found = tuple(seen_from(P, x, self.sketches, self._draws()) for x, P in zip(rows, bases, strict=True))
             old = self._seen_from.get(layer.name)
             self._seen_from[layer.name] = found if old is None else (old[0] + found[0], old[1] + found[1])
-
-    def _project(self, x: Tensor, P: Tensor) -> Seen:
-        y = P.mT @ x  # (B, r, m)
-        signs = torch.randint(0, 2, (len(x), x.shape[2], self.sketches), generator=self._draws())
-        signs = (2 * signs - 1).to(x.device, x.dtype)
-        return Seen(y @ y.mT, y @ signs, x.square().sum((1, 2)))
 
     def _bases(self, layer: LayerInfo) -> list[Tensor]:
         """P ← qr(C P) from the current batch; the first time from random directions, twice."""
         sides = self._sides(layer)
-        P = [self._random(side.P) if not side.steps else side.P for side in sides]
+        P = [random_basis(side.P, self._draws()) if not side.steps else side.P for side in sides]
         for _ in range(1 if sides[0].steps else 2):
             if all(one.shape[1] == one.shape[2] for one in P):
                 break
@@ -212,12 +208,6 @@ class ProjectedKFAC(LayerWise):
             self._require_finite_parts({layer.name: powers})
             P = [orthonormal(power, one) for power, one in zip(powers, P, strict=True)]
         return P
-
-    def _random(self, like: Tensor) -> Tensor:
-        if like.shape[1] == like.shape[2]:
-            return torch.eye(like.shape[1], dtype=like.dtype, device=like.device).expand_as(like).clone()
-        start = torch.randn(like.shape, generator=self._draws(), dtype=torch.float64)
-        return torch.linalg.qr(start)[0].to(like.device, like.dtype)
 
     def _precondition(self, gradient: Tensor, active: set[str], scale: float, out: Tensor) -> None:
         options = self.param_groups[0]
@@ -233,9 +223,7 @@ class ProjectedKFAC(LayerWise):
             if layer.name in self._seen_from:
                 factors = 1 / self._counts[layer.name], scale
                 pairs = zip(self._seen_from[layer.name], factors, strict=True)
-                means[layer.name] = tuple(
-                    Seen(s.gram * f, s.sketch * (f / self.sketches) ** 0.5, s.squares * f) for s, f in pairs
-                )
+                means[layer.name] = tuple(one.mean(factor) for one, factor in pairs)
         self._require_finite_parts({k: [x for s in pair for x in vars(s).values()] for k, pair in means.items()})
         for layer in layers:
             sides = self._sides(layer)
@@ -247,26 +235,22 @@ class ProjectedKFAC(LayerWise):
     def _update(
         self, sides: tuple[Side, Side], seen: tuple[Seen, Seen], bases: Sequence[Tensor] | None, beta: float, damping: float
     ) -> None:  # fmt: skip
-        old_levels = [side.level for side in sides]
+        levels = [side.level for side in sides]
         for side, new in zip(sides, seen, strict=True):
-            weight = 1 - beta if side.steps else 1.0
-            inside = new.gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-            side.trace = side.trace.lerp(new.squares, weight)
-            side.outside = side.outside.lerp(new.squares - inside, weight)
-        gammas = shares(*sides, damping)
-        for k, (side, new, gamma) in enumerate(zip(sides, seen, gammas, strict=True)):
-            fresh = not side.steps or beta == 0
+            side.average(new, beta)
+        for k, gamma in enumerate(shares(*sides, damping)):
+            side, new, fresh = sides[k], seen[k], not sides[k].steps or beta == 0
             if bases is not None:
                 if not fresh:
-                    change_basis(side, bases[k], old_levels[k])
+                    change_basis(side, bases[k], levels[k])
                 side.P = bases[k]
             side.gamma = gamma
             stands = torch.zeros(len(gamma), dtype=torch.bool, device=gamma.device)
             if not fresh:
-                columns = damping_columns(side.Q, gamma, side.steps)
-                side.Q, stands = recursive_inverse(side.Q, torch.cat([new.sketch, columns], dim=2), beta)
+                columns = torch.cat([new.sketch, damping_columns(side.Q, gamma, side.steps)], dim=2)
+                side.Q, stands = recursive_inverse(side.Q, columns, beta)
                 self.diagnostics["retries"] += int((~stands).sum())
-            if not stands.all():
+            if not stands.all():  # from the batch itself
                 side.Q[~stands] = self._inverted([(new.gram[~stands], gamma[~stands].double())])[0]
             side.steps += 1
 

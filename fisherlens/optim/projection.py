@@ -36,10 +36,17 @@ class Side(Averages):
         d, r = self.P.shape[1:]
         return (self.outside / max(d - r, 1)).clamp(min=0)[:, None, None]
 
+    def average(self, new: Seen, beta: float) -> None:
+        """Take new traces into the averages, which start at the first ones."""
+        weight = 1 - beta if self.steps else 1.0
+        inside = new.gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+        self.trace = self.trace.lerp(new.squares, weight)
+        self.outside = self.outside.lerp(new.squares - inside, weight)
+
 
 @dataclass(eq=False)
 class Seen:
-    """Sums over the rows x of one factor since the last step, seen from its basis; ``factor`` makes them means."""
+    """Sums over the rows x of one factor since the last step, seen from its basis."""
 
     gram: Tensor  # Σ PᵀxxᵀP, (B, r, r)
     sketch: Tensor  # Σ Pᵀx s for k random signs s, (B, r, k)
@@ -47,6 +54,26 @@ class Seen:
 
     def __add__(self, other: Seen) -> Seen:
         return Seen(self.gram + other.gram, self.sketch + other.sketch, self.squares + other.squares)
+
+    def mean(self, factor: float) -> Seen:
+        """Make means of the sums; the outer products of the sketch then are one of PᵀCP."""
+        share = math.sqrt(factor / self.sketch.shape[2])
+        return Seen(self.gram * factor, self.sketch * share, self.squares * factor)
+
+
+def seen_from(P: Tensor, x: Tensor, sketches: int, generator: torch.Generator) -> Seen:
+    """Look at rows x, in columns (B, d, m), from a basis, with fresh random signs."""
+    y = P.mT @ x  # (B, r, m)
+    signs = torch.randint(0, 2, (len(x), x.shape[2], sketches), generator=generator)
+    return Seen(y @ y.mT, y @ (2 * signs - 1).to(x.device, x.dtype), x.square().sum((1, 2)))
+
+
+def random_basis(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Orthonormal columns to start from; the identity where nothing is projected."""
+    if like.shape[1] == like.shape[2]:
+        return torch.eye(like.shape[1], dtype=like.dtype, device=like.device).expand_as(like).clone()
+    start = torch.randn(like.shape, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(start)[0].to(like.device, like.dtype)
 
 
 def rows_of(

@@ -1,4 +1,4 @@
-"""BFGS updates of inverses, one or a batch: (B, d, d) matrices and (B, d, 1) vectors."""
+"""BFGS updates of inverses in a batch, (B, d, d) matrices and (B, d, 1) vectors, and what K-BFGS keeps for them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,24 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from fisherlens.optim.averages import Averages
+
+
+@dataclass(eq=False)
+class Secants(Averages):
+    """Averages and inverses of B blocks."""
+
+    layer: str
+    A: Tensor  # (B, d_i, d_i), average of a aᵀ
+    H_a: Tensor  # (B, d_i, d_i)
+    H_g: Tensor  # (B, d_o, d_o), or none with a memory
+    s: Tensor  # (B, d_o, 1), average change of the mean pre-activation
+    y: Tensor  # (B, d_o, 1), average change of its mean score
+    S: Tensor  # (memory, B, d_o, 1), the newest pair last
+    Y: Tensor
+    steps: int = 0
+    pairs: int = 0
 
 
 @dataclass(eq=False)
@@ -63,3 +81,15 @@ def by_pairs(S: Tensor, Y: Tensor, x: Tensor) -> Tensor:
     for s, y, alpha in reversed(kept):
         x = x + s @ (alpha - y.mT @ x / (s.mT @ y))
     return x
+
+
+def random_states(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Torch's global random states, of the CPU and of one other device."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def set_random_states(states: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    """Put random states back."""
+    torch.set_rng_state(states[0])
+    if states[1] is not None:
+        torch.cuda.set_rng_state(states[1], device)
