@@ -16,6 +16,7 @@ from fisherlens.linalg.dense import self_gram
 from fisherlens.optim import texts
 from fisherlens.optim.moments import ROWS_BYTES, bytes_per_example, layer_scores
 from fisherlens.optim.tap import Call, Pass
+from fisherlens.optim.units import homogeneous
 from fisherlens.scores.base import CHUNK_BYTES, LayerScores
 from fisherlens.scores.conv import ConvGeometry, ConvScores
 from fisherlens.scores.dense import DenseScores
@@ -175,9 +176,13 @@ def _conv_scores(layer: LayerInfo, call: Call, dtype: torch.dtype) -> ConvScores
 
 def by_positions(parts: Sequence[ConvScores], n: int, path: str) -> bool:
     """Whether the kernel is cheaper from inner products of positions (path A) than from explicit rows (path B)."""
+    t, d_i, d_o = sum(part.t for part in parts), parts[0].d_i, parts[0].d_o // parts[0].geometry.groups
+    return _cheaper_by_positions(n, t, d_i, d_o, path)
+
+
+def _cheaper_by_positions(n: int, t: int, d_i: int, d_o: int, path: str) -> bool:
     if path in ("A", "B"):
         return path == "A"
-    t, d_i, d_o = sum(part.t for part in parts), parts[0].d_i, parts[0].d_o // parts[0].geometry.groups
     if path == "paper":
         return t * t * (d_i + d_o) < d_i * d_o
     return n * t * t * (d_i + d_o + 1) < (t + n) * d_i * d_o
@@ -197,7 +202,7 @@ def _explicit(layer: LayerInfo, calls: Sequence[Call], n: int, like: Tensor) -> 
 
 
 def _reduced(layer: LayerInfo, calls: Sequence[Call], n: int, dtype: torch.dtype) -> LayerScores:
-    """Rows Σ_t g_t (1/T) Σ_t a_t: exact where inputs or scores do not vary over the positions (methods 1/√T on each side)."""
+    """Rows Σ_t g_t (1/T) Σ_t a_t: exact where inputs or scores do not vary over the positions: 1/√T on each side."""
     parts = [_conv_scores(layer, call, dtype) for call in calls]
     g = sum(part.g[:, 0].sum(-1) for part in parts)  # (n, d_o)
     if layer.weight is None:
@@ -238,7 +243,21 @@ def kernel(scores: LayerScores, path: str = "auto") -> Tensor:
         return _conv_kernel([scores], path)
     if isinstance(scores, Assembled) and not scores.stacked and all(type(p) is ConvScores for p in scores.parts):
         return _conv_kernel(scores.parts, path)
+    if type(scores) is DenseScores and scores.t > 1:
+        return _dense_kernel(scores, path)
     return scores.gram()
+
+
+def _dense_kernel(scores: DenseScores, path: str) -> Tensor:
+    """Kernel of a dense layer with several positions: by positions, or from the rows of some units at a time."""
+    a, g = homogeneous(scores), scores.g[:, 0]  # (n, t, s), (n, t, d_o)
+    if _cheaper_by_positions(scores.n, scores.t, scores.d_i, scores.d_o, path):
+        return position_kernel(a, g)
+    out = torch.zeros(scores.n, scores.n, dtype=scores.dtype, device=scores.device)
+    step = max(1, CHUNK_BYTES // (scores.n * a.shape[2] * a.itemsize))
+    for units in g.split(step, dim=2):
+        out += self_gram(torch.bmm(units.mT, a).flatten(1))
+    return out
 
 
 def _conv_kernel(parts: Sequence[ConvScores], path: str) -> Tensor:
