@@ -225,7 +225,7 @@ def test_the_trace_over_rows_over_parameters_and_estimated(monkeypatch):
     from fisherlens.independence import divergence, options, standin, target
 
     for name, one in {"kfac": fl.KFAC(F, others="diagonal"), "rough": Rough(F)}.items():
-        judged = target.Target(F, "all", options.Options())
+        judged = target.Target(F, "all", options.Options(), F.diagonal())
         stand_in = standin.StandIn(name, one, one.partition.sizes, exact_blocks=False)
         eye = torch.eye(F.n_params, dtype=torch.float64)
         B = one.dense() + LAMBDA * eye
@@ -237,7 +237,7 @@ def test_the_trace_over_rows_over_parameters_and_estimated(monkeypatch):
         assert divergence._over_parameters(judged, stand_in, LAMBDA) == pytest.approx(truth, rel=1e-8), name
         monkeypatch.undo()
         for seed in range(3):
-            judged = target.Target(F, "all", options.Options(seed=seed))
+            judged = target.Target(F, "all", options.Options(seed=seed), F.diagonal())
             found = divergence._estimated(judged, stand_in, LAMBDA)
             assert abs(found.value - truth) <= 5 * found.sem, name
             assert 0 < found.sem < abs(truth), name

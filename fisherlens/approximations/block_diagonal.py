@@ -225,6 +225,8 @@ def _entries(F: Fisher, group: BlockGroup) -> int:
 
 def _build(F: Fisher, group: BlockGroup) -> tuple[slice, Blocks]:
     at, index, scores = _relative(F, group)
+    if group.size == 1 and scores is not None and 8 * len(group) < scores.size:
+        return at, MomentBlocks(index, scores.moments(index).div_(F.total_weight))
     if group.size == 1:
         diagonal = F.diagonal()[at] if scores is None else scores.diagonal() / F.total_weight
         return at, MomentBlocks(index, diagonal[index[:, 0], None, None])

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fisherlens.linalg import memory
 from fisherlens.linalg.dense import damped_cholesky, self_gram
 from fisherlens.scores.matrix import ScoreMatrix
 
@@ -63,6 +64,11 @@ def _factor_for_inverse(matrices: Tensor, damping: float) -> Tensor:
     return damped_cholesky(matrices, damping, f"A block of size {matrices.shape[-1]}")
 
 
+def _times(matrices: Tensor, x: Tensor) -> Tensor:
+    """Symmetric blocks ``(B, s, s)`` times ``(B, s, K)``; a single vector from the left, which is twice as fast as from the right."""
+    return torch.bmm(x.mT, matrices).mT if x.shape[2] == 1 else torch.bmm(matrices, x)
+
+
 class MomentBlocks:
     """Blocks kept as matrices, one batched Cholesky for all of them.
 
@@ -104,7 +110,7 @@ class MomentBlocks:
     def inverse(self, damping: float) -> tuple[Tensor, float]:
         """(M_b + λI)⁻¹ and Σ_b log det(M_b + λI), from the factors of a chunk of blocks at a time."""
         if self._inverse is None or self._inverse[0] != damping:
-            inverse = torch.empty(*self.index.shape, self.index.shape[1], dtype=self.dtype, device=self.index.device)
+            inverse = memory.zeros((*self.index.shape, self.index.shape[1]), self.dtype, self.index.device)
             total, start = 0.0, 0
             for some in self.chunks():
                 factor = _factor_for_inverse(some, damping)
@@ -131,7 +137,7 @@ class MomentBlocks:
         if self.index.shape[1] == 1:
             out[self.index[:, 0]] = self.matrices[:, 0] * v[self.index[:, 0]]
         else:
-            out[self.index] = torch.bmm(self.matrices, v[self.index])
+            out[self.index] = _times(self.matrices, v[self.index])
 
     def factor(self, damping: float) -> Tensor:
         """Cholesky factors of M_b + λI in float64, ``(B, s, s)``, the last one kept."""
@@ -145,7 +151,7 @@ class MomentBlocks:
         if self.index.shape[1] == 1:
             out[self.index[:, 0]] = v[self.index[:, 0]] / (self.matrices[:, 0] + damping)
         elif self.inverts:
-            out[self.index] = torch.bmm(self.inverse(damping)[0], v[self.index])
+            out[self.index] = _times(self.inverse(damping)[0], v[self.index])
         else:
             out[self.index] = torch.cholesky_solve(v[self.index].double(), self.factor(damping)).to(v.dtype)
 

@@ -80,11 +80,15 @@ class Table:
         """Call for each layer and then for the whole with its place; Ctrl-C keeps what is there, unless that is nothing."""
         with progress(self.total, desc=self.dim, enabled=self.bar) as self._bar:
             try:
+                diagonal = self.F.diagonal().double()
                 for place, layer in enumerate(self.layers):
                     if layer == WHOLE and len(self.layers) == 2:  # of one layer: the whole is that layer
                         self._copy_layer()
                         return
-                    target = Target(self.F if layer == WHOLE else self.F.restrict(layer), layer, self.options)
+                    whole = layer == WHOLE
+                    F, own = self.F if whole else self.F.restrict(layer), None if whole else self.F.layout.layer(layer)
+                    piece = diagonal if own is None else diagonal[own.start : own.stop]
+                    target = Target(F, layer, self.options, piece)
                     judge_target(target, place)
                     self.methods[target.words] = None
             except KeyboardInterrupt:

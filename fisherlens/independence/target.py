@@ -61,6 +61,8 @@ class Target:
         The layer, or ``"all"``.
     options
         How to find what is too expensive.
+    diagonal
+        F_ii, float64 ``(P,)``.
 
     Attributes
     ----------
@@ -68,8 +70,8 @@ class Target:
         Whether the smaller of F and its Gram matrix is factored; else solves are iterative and determinants estimated.
     """
 
-    def __init__(self, F: Fisher, name: str, options: Options):
-        self.F, self.name, self.options = F, name, options
+    def __init__(self, F: Fisher, name: str, options: Options, diagonal: Tensor):
+        self.F, self.name, self.options, self.diagonal = F, name, options, diagonal
         self.exact = options.method != "estimate" and self._factors()
         self.gradient = F.gradient()
         self._step: Step | None = None
@@ -95,11 +97,6 @@ class Target:
         if self.exact:
             return "exact through the Gram matrix"
         return self._sampled.words if "_sampled" in self.__dict__ else "conjugate gradients"
-
-    @cached_property
-    def diagonal(self) -> Tensor:
-        """F_ii, float64."""
-        return self.F.diagonal().double()
 
     @cached_property
     def _sampled(self) -> Sampled:
@@ -159,5 +156,6 @@ class Target:
         both = torch.cat([v.T, r.T]).T  # vectors stay contiguous
         z = F.scores.matmat(both)
         inner = torch.cholesky_solve(z[:, k:].double(), F.solver.factor(damping)).to(z.dtype)
-        y = F.scores.rmatmat(torch.cat([z[:, :k], inner], dim=1).div_(F.total_weight))
-        return y[:, :k] + damping * v, (r - y[:, k:]) / damping
+        z[:, k:] = inner
+        y = F.scores.rmatmat(z.div_(F.total_weight))
+        return y[:, :k].add_(v, alpha=damping), y[:, k:].sub_(r).div_(-damping)

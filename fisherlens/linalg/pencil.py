@@ -90,9 +90,9 @@ def lanczos_run(start: Tensor, *, tol: float, max_steps: int, ends: Sequence[str
     for _ in range(max_steps):
         p, v = r / length, z / length
         w = yield PRODUCT, v
-        r = w - beta * previous
+        r = w - beta * previous if beta else w.clone()
         alpha = _dot(v, r)
-        r = r - alpha * p
+        r.sub_(p, alpha=alpha)
         z = yield SOLVE, r
         length = _length(r, z)
         alphas.append(alpha)
