@@ -258,6 +258,12 @@ def test_refused_steps_change_nothing_and_lost_pairs_are_counted():
     [
         ({"lr": 0.0}, InputError, "lr must be a finite number > 0; got 0.0."),
         ({"damping": float("inf")}, InputError, "damping must be a finite number > 0; got inf."),
+        (
+            {"labels": "sampled"},
+            InputError,
+            "KBFGS follows the change of the loss itself from the old to the new weights",
+        ),
+        ({"labels": "drawn"}, InputError, "Unknown labels 'drawn'. Known: 'true', 'sampled'."),
         ({"memory": 0}, InputError, "memory must be a finite number >= 1; got 0."),
         ({"memory": "all"}, TypeError, "memory must be an int; got str 'all'."),
         ({"preset": "L"}, InputError, "Unknown preset 'L'. Known: 'paper'."),

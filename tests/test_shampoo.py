@@ -116,6 +116,18 @@ def test_a_tensor_without_gradient_stays():
     assert torch.isfinite(flat(model)).all()
 
 
+def test_shampoo_of_sampled_labels():
+    model, x, y = make("dense")
+    opt = Shampoo(model, **PLAIN, labels="sampled", seed=4, graft="none")
+    statistic = sampled_gradient(copy.deepcopy(model), x, torch.Generator().manual_seed(4))[:20].view(4, 5)
+    step, gradient = first_step(opt, model, x, y)
+    u = gradient[:20].view(4, 5)
+    for axis in range(2):
+        L = slow.contraction(statistic, axis)
+        u = slow.along(u, slow.symmetric_power(L + 1e-3 * torch.eye(len(L)).double(), -0.25), axis)
+    torch.testing.assert_close(step[:20], -0.1 * u.reshape(-1), rtol=1e-8, atol=1e-11)
+
+
 # --- TNT ---------------------------------------------------------------------------------------------------------------------
 
 

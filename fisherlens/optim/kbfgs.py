@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fisherlens.errors import InputError
 from fisherlens.layout import LayerInfo
+from fisherlens.likelihoods import Likelihood
 from fisherlens.optim import texts
 from fisherlens.optim.base import choice
 from fisherlens.optim.factors import LayerWise, matrix_of, matrix_shape, positions, whole, write_matrix
@@ -53,8 +54,8 @@ class KBFGS(LayerWise):
         Steps from one update of both inverses to the next; steps between them evaluate the closure once.
     kl_clip
         κ: the direction of Linear and convolution layers is multiplied by ν = min(1, √(κ / (lr² ⟨u, ḡ⟩))). None clips nothing.
-    seed
-        Of nothing: the method draws no numbers.
+    labels, likelihood, seed
+        ``"true"`` alone: the pairs are changes of the user's loss, and nothing is drawn.
     preset
         None or ``"paper"``, which agree.
 
@@ -100,10 +101,12 @@ class KBFGS(LayerWise):
         lr: float = 0.3,
         damping: float = 1e-1,
         *,
+        likelihood: str | Likelihood = "categorical",
         ema: float = 0.9,
         memory: int | None = None,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        labels: str = "true",
         reduction: str = "mean",
         refresh: int = 1,
         kl_clip: float | None = None,
@@ -117,8 +120,10 @@ class KBFGS(LayerWise):
         self._before: dict[str, tuple[Tensor, Tensor]] = {}
         options = {"lr": lr, "damping": damping, "ema": ema, "momentum": momentum}
         options |= {"weight_decay": weight_decay, "kl_clip": kl_clip}
-        shared = {"likelihood": "categorical", "labels": "true", "reduction": reduction, "refresh": refresh}
-        super().__init__(model, options, **shared, seed=seed)
+        if labels == "sampled":
+            raise InputError(texts.LOSS_LABELS.format(name=type(self).__name__))
+        shared = {"likelihood": likelihood, "labels": labels, "reduction": reduction, "refresh": refresh, "seed": seed}
+        super().__init__(model, options, **shared)
         self.diagnostics["skipped"] = 0
 
     def _made(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from fisherlens.likelihoods import Likelihood
 from fisherlens.optim.averages import Averages, EntryAverages
 from fisherlens.optim.base import choice
 from fisherlens.optim.factors import matrix_of, matrix_shape, write_matrix
-from fisherlens.optim.mean_gradient import MeanGradient
+from fisherlens.optim.mean_gradient import WarmStarted
 
 VARIANTS = ("B", "A", "released_view")
 SCALAR_EMA, SQUARE_EMA, FLOOR = 0.9, 0.999, 1e-8  # of the rule for norm layers and biases of convolutions
@@ -30,7 +30,7 @@ class Blocks(Averages):
     inversions: int = 0
 
 
-class MBF(MeanGradient):
+class MBF(WarmStarted):
     r"""Mini-block Fisher (MBF) of Bahamou, Goldfarb and Ren: small blocks of the outer product of the mean gradient.
 
     Each kernel of a convolution has a block of its own; a dense layer with mean gradient Ḡ = [∂W, ∂b], ``(O, I+1)``, has one matrix S that

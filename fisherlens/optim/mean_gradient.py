@@ -27,7 +27,6 @@ class MeanGradient(LayerWise):
     def __init__(self, model: nn.Module, defaults: dict[str, Any], **shared: Any):
         self._drop()
         super().__init__(model, defaults, **shared)
-        self._model = weakref.ref(model)  # for the warm start; an optimizer keeps no model alive
 
     @property
     def _needs_scores(self) -> bool:
@@ -54,6 +53,14 @@ class MeanGradient(LayerWise):
             return gradient, active
         total = torch.zeros_like(gradient) if self._total is None else self._total * scale
         return total, active & self._sampled
+
+
+class WarmStarted(MeanGradient):
+    """A method of mean gradients whose averages may start from one pass over the data."""
+
+    def __init__(self, model: nn.Module, defaults: dict[str, Any], **shared: Any):
+        super().__init__(model, defaults, **shared)
+        self._model = weakref.ref(model)  # an optimizer keeps no model alive
 
     @abstractmethod
     def _warm(self, gradients: Iterator[Tensor]) -> int:

@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherlens.likelihoods import Likelihood
 from fisherlens.linalg.dense import eigenpairs
 from fisherlens.optim.base import choice
-from fisherlens.optim.factors import LayerWise, whole
+from fisherlens.optim.factors import whole
+from fisherlens.optim.mean_gradient import MeanGradient
 from fisherlens.optim.modes import AxisAverages, Cut, along, contraction, cuts
-from fisherlens.optim.tap import Pass
 
 GRAFTS = ("sgd", "none")
 
 
-class Shampoo(LayerWise):
+class Shampoo(MeanGradient):
     r"""Shampoo of Gupta, Koren and Singer, as its authors' scalable release has it.
 
     A tensor with k ≥ 2 axes is cut into blocks of at most 128 entries per axis. For each block, with mean gradient Ḡ,
@@ -40,6 +41,9 @@ class Shampoo(LayerWise):
     momentum, nesterov, weight_decay
         μ in [0, 1), m ← μm + u; the step is u + μm, or m without ``nesterov``. Decay is decoupled: θ is first multiplied by
         1 - lr * weight_decay.
+    labels, seed, likelihood
+        Whose mean gradient L is made of: ``"true"``: that of the user's loss, as in the source. ``"sampled"``: at labels drawn from the
+        likelihood, for Linear and convolution layers.
     graft
         ``"sgd"``, or ``"none"``, which leaves the length as it is.
     block
@@ -50,8 +54,6 @@ class Shampoo(LayerWise):
         Steps from one update of L, and of its roots, to the next. A changed damping takes effect with the next roots.
     kl_clip
         κ: the direction of Linear and convolution layers is multiplied by ν = min(1, √(κ / (lr² ⟨u, ḡ⟩))). None clips nothing.
-    seed
-        Of nothing: the method draws no numbers.
     preset
         None, or ``"paper"``, which sets ``inverse_refresh=1``.
 
@@ -94,10 +96,12 @@ class Shampoo(LayerWise):
         lr: float = 0.1,
         damping: float = 1e-12,
         *,
+        likelihood: str | Likelihood = "categorical",
         ema: float | None = None,
         momentum: float = 0.9,
         nesterov: bool = True,
         weight_decay: float = 0.0,
+        labels: str = "true",
         graft: str = "sgd",
         block: int = 128,
         reduction: str = "mean",
@@ -114,18 +118,8 @@ class Shampoo(LayerWise):
         self.inverse_refresh = inverse_refresh
         options = {"lr": lr, "damping": damping, "ema": ema, "momentum": momentum}
         options |= {"weight_decay": weight_decay, "kl_clip": kl_clip}
-        shared = {"likelihood": "categorical", "labels": "true", "reduction": reduction, "refresh": refresh}
-        super().__init__(model, options, **shared, seed=seed)
-
-    @property
-    def _needs_scores(self) -> bool:
-        return False
-
-    def _absorb(self, one: Pass, examples: int) -> None:
-        """Nothing: the mean gradient says all."""
-
-    def _drop(self) -> None:
-        """Nothing was kept."""
+        shared = {"likelihood": likelihood, "labels": labels, "reduction": reduction, "refresh": refresh, "seed": seed}
+        super().__init__(model, options, **shared)
 
     def _made(self) -> dict[str, Any]:
         made = {}
@@ -154,10 +148,14 @@ class Shampoo(LayerWise):
                 for k, cut in enumerate(self._cuts(info.shape)):
                     blocks[info, k] = cut, cut.take(G)
         if self._due:
-            fresh = {
-                (info, k): [contraction(x, axis) for axis in range(len(info.shape))]
-                for (info, k), (_, x) in blocks.items()
-            }
+            flat, known = self._statistic(gradient, active, scale)
+            covered = {layer.name for layer in self.covered}
+            fresh = {}
+            for (info, k), (cut, x) in blocks.items():
+                if info.layer in known:
+                    x = cut.take(flat[info.start : info.stop].view(info.shape))
+                if info.layer in known or info.layer not in covered:
+                    fresh[info, k] = [contraction(x, axis) for axis in range(len(info.shape))]
             self._require_finite_parts({info.layer: L for (info, _), L in fresh.items()})  # before anything is changed
             for (info, k), contractions in fresh.items():
                 for record, L in zip(self._axes(info.name, k, len(contractions)), contractions, strict=True):

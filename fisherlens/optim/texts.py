@@ -91,9 +91,7 @@ NO_TENSOR = (
     "labels='sampled' draws labels from the model's outputs, which must be one tensor of logits or means; the model "
     "returned {got}. Use labels='true', or a model whose forward returns the outputs alone."
 )
-WARM_TOO_LATE = (
-    "{name}.warm_start() replaces all averages, so it comes before the first step; this optimizer has made steps. Build a new one."
-)
+WARM_TOO_LATE = "{name}.warm_start() replaces all averages, so it comes before the first step; this optimizer has made steps. Build a new one."
 MODEL_GONE = "{name} cannot run its model for a warm start, because the model no longer exists. Keep a reference to it."
 WEIGHTED_WARM = (
     "A warm start draws labels, which {likelihood!r} does not allow: its weights follow the observed labels. Start without it, or use "
@@ -110,4 +108,8 @@ NEEDS_CLOSURE = (
 TRUE_LABELS = (
     "{name} weights the gradients of the loss itself, so its coefficients exist for labels='true' only; got 'sampled'. For "
     "sampled labels take TENGraD, which has the same layer blocks."
+)
+LOSS_LABELS = (
+    "{name} follows the change of the loss itself from the old to the new weights, so labels must be 'true'; got 'sampled'. For "
+    "sampled labels take KFAC, whose factors it replaces."
 )

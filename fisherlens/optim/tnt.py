@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from fisherlens.layout import ParameterInfo
 from fisherlens.likelihoods import Likelihood
 from fisherlens.optim.base import choice
-from fisherlens.optim.mean_gradient import MeanGradient
+from fisherlens.optim.mean_gradient import WarmStarted
 from fisherlens.optim.modes import AxisAverages, along, contraction
 
 
-class TNT(MeanGradient):
+class TNT(WarmStarted):
     r"""Tensor-normal training (TNT) of Ren and Goldfarb.
 
     Each tensor of a Linear or convolution layer, with k axes of n_i entries (k = 3 for a convolution: outputs, inputs, kernel), keeps for

@@ -1,0 +1,282 @@
+"""What holds for every method that is built from factors or mean gradients, in the ordinary loop."""
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+from optim_samples import count_hooks, data, flat, loss_of, network, seeded
+from torch import nn
+from torch.nn import functional
+
+from fisherlens import Fisher
+from fisherlens.errors import InputError, NumericalWarning
+from fisherlens.optim import EKFAC, KBFGS, KFAC, MBF, TNT, ProjectedKFAC, Shampoo
+
+METHODS = {
+    "mbf": lambda m, **k: MBF(m, **{"lr": 1e-3, "damping": 0.01} | k),
+    "mbf sampled": lambda m, **k: MBF(m, **{"lr": 1e-3, "damping": 0.01, "labels": "sampled", "refresh": 1} | k),
+    "kfac": lambda m, **k: KFAC(m, **{"labels": "true"} | k),
+    "kfac factored": lambda m, **k: KFAC(m, **{"preset": "paper"} | k),
+    "ekfac": lambda m, **k: EKFAC(m, **{"inverse_refresh": 2} | k),
+    "projected": lambda m, **k: ProjectedKFAC(m, **{"rank": 3, "labels": "true", "inverse_refresh": 2} | k),
+    "shampoo": lambda m, **k: Shampoo(m, **{"lr": 0.05, "inverse_refresh": 2} | k),
+    "tnt": lambda m, **k: TNT(m, **{"lr": 1e-3, "damping": 0.01, "refresh": 2} | k),
+    "k-bfgs": lambda m, **k: KBFGS(m, **{"lr": 0.1} | k),
+    "k-bfgs(l)": lambda m, **k: KBFGS(m, **{"lr": 0.1, "memory": 2} | k),
+}
+
+
+@pytest.fixture(params=METHODS)
+def build(request):
+    return METHODS[request.param]
+
+
+@pytest.fixture(autouse=True)
+def untouched():
+    before = torch.get_rng_state()
+    yield
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def step(opt, model, batch, loss=loss_of, set_to_none=True):
+    def closure():
+        opt.zero_grad(set_to_none=set_to_none)
+        value = loss(model, batch)
+        value.backward()
+        return value
+
+    if isinstance(opt, KBFGS):
+        return opt.step(closure).item()
+    value = closure()
+    opt.step()
+    return value.item()
+
+
+def normed():
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 2, groups=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 2, groups=2, padding=1, stride=2),
+        nn.Tanh(), nn.Flatten(), nn.Linear(16, 3),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_it_learns_and_keeps_its_dtype(build, dtype):
+    model, batch = network(dtype), data(24, dtype)
+    opt = build(model)
+    losses = [step(opt, model, batch) for _ in range(25)]
+    assert losses[-1] < losses[0] - 0.02
+    assert flat(model).dtype == dtype
+    assert opt.diagnostics["steps"] == 25
+    assert opt.diagnostics["fallbacks"] == 0
+
+
+@pytest.mark.filterwarnings("ignore::fisherlens.errors.NumericalWarning")
+def test_batch_norm_and_groups_in_training_mode(build):
+    model, batch = seeded(normed), data(24)
+    opt = build(model)
+    losses = [step(opt, model, batch) for _ in range(25)]
+    assert losses[-1] < losses[0] - 0.02
+    assert model.training
+
+
+def test_schedulers_reach_the_learning_rate(build):
+    model, batch = network(), data()
+    opt = build(model, momentum=0.0, weight_decay=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda epoch: float(epoch == 0))
+    before = flat(model)
+    step(opt, model, batch)
+    scheduler.step()
+    after = flat(model)
+    step(opt, model, batch)
+    assert not torch.equal(before, after)
+    assert torch.equal(flat(model), after)
+
+
+def test_weight_decay_is_decoupled(build):
+    model, batch = network(), data()
+    twin, before = copy.deepcopy(model), flat(model)
+    for net, decay in ((model, 0.2), (twin, 0.0)):
+        opt = build(net, weight_decay=decay, kl_clip=None)
+        step(opt, net, batch)
+    torch.testing.assert_close(flat(model), flat(twin) - opt.param_groups[0]["lr"] * 0.2 * before)
+
+
+def test_zero_grad_both_ways(build):
+    results = []
+    for set_to_none in (True, False):
+        model = network()
+        opt = build(model)
+        for _ in range(3):
+            step(opt, model, data(), set_to_none=set_to_none)
+        results.append(flat(model))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("mbf sampled", "kfac factored", "tnt")])
+def test_what_happens_in_between_changes_nothing(name):
+    """With sampled labels a forward pass with gradients draws some."""
+    results = []
+    for between in (False, True):
+        model, batch = network(), data()
+        opt = METHODS[name](model)
+        for _ in range(3):
+            step(opt, model, batch)
+            if between:
+                model.eval()
+                loss_of(model, data(5, seed=1))
+                with torch.no_grad():
+                    model(batch[0])
+                model.train()
+                Fisher(model, data(5, seed=1), likelihood="categorical", kind="empirical").trace()
+                torch.autograd.grad(loss_of(model, data(5, seed=1)), list(model.parameters()))
+        results.append(flat(model))
+    assert torch.equal(*results)
+
+
+def test_models_can_be_copied_and_hooks_go_with_the_optimizer(build):
+    model = network()
+    opt = build(model)
+    step(opt, model, data())
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
+        assert torch.equal(flat(other), flat(model))
+        step(build(other), other, data())
+    with pytest.raises(TypeError, match="cannot be copied or pickled"):
+        copy.deepcopy(opt)
+    del opt
+    gc.collect()
+    assert count_hooks(model) == 0
+
+
+class Halted(nn.Module):
+    """The network, whose first half gets no gradient while ``halt`` is set."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.halt = network(), True
+
+    def forward(self, x):
+        x = self.body[:4](x)
+        return self.body[4:](x.detach() if self.halt else x)
+
+
+def test_layers_without_gradient_stay(build):
+    model, batch = Halted(), data()
+    model.halt = False
+    opt = build(model, weight_decay=0.1, momentum=0.5)
+    step(opt, model, batch)
+    first, last = model.body[0].weight, model.body[5].weight
+    before, other = first.detach().clone(), last.detach().clone()
+    model.halt = True
+    for _ in range(3):
+        step(opt, model, batch)
+    assert torch.equal(first, before)
+    assert not torch.equal(last, other)
+
+
+def test_layers_that_join_later_are_preconditioned_at_once(build):
+    model, batch = Halted(), data()
+    opt = build(model, refresh=1, momentum=0.0, kl_clip=None)
+    step(opt, model, batch)
+    model.halt = False
+    before = model.body[0].weight.detach().clone()
+    step(opt, model, batch)
+    moved, gradient = model.body[0].weight.detach() - before, model.body[0].weight.grad
+    options = opt.param_groups[0]
+    assert torch.isfinite(moved).all()
+    if not isinstance(opt, (Shampoo, KBFGS)):  # those have another gradient by now, or its length
+        assert not torch.allclose(moved, -options["lr"] * gradient / (1 + options["damping"]), rtol=0.05)
+
+
+def test_autocast_keeps_statistics_in_single_precision(build):
+    moved = []
+    for autocast in (False, True):
+        model, batch = network(torch.float32), data(16, torch.float32)
+        before = flat(model)
+        opt = build(model, momentum=0.0)
+
+        def loss(net, b, autocast=autocast):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                return loss_of(net, b)
+
+        step(opt, model, batch, loss)
+        moved.append(flat(model) - before)
+        assert flat(model).dtype == torch.float32
+        tensors = [x for r in opt._records.values() for x in r.state().values() if isinstance(x, torch.Tensor)]
+        assert {x.dtype for x in tensors} == {torch.float32}
+    assert functional.cosine_similarity(*moved, dim=0) > 0.9
+
+
+def test_common_options_have_one_name(build):
+    model = network()
+    options = {"lr": 1e-3, "damping": 0.1, "momentum": 0.5, "weight_decay": 0.1, "kl_clip": 1e-3, "ema": 0.5}
+    opt = build(model, **options, likelihood="categorical", labels="true", reduction="mean", refresh=2, seed=3)
+    assert options.items() <= opt.param_groups[0].items()
+    step(opt, model, data())
+
+
+def test_a_state_of_another_shape_is_refused(build):
+    model = network()
+    opt = build(model)
+    step(opt, model, data())
+    state = opt.state_dict()
+    other = seeded(lambda: nn.Sequential(nn.Linear(3, 3)))
+    with pytest.raises(InputError, match="parameters differ, such as"):
+        build(other).load_state_dict(state)
+    with pytest.raises(InputError, match="an optimizer of another library"):
+        opt.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1).state_dict())
+
+
+def test_states_of_other_options_are_refused():
+    for make, other in (
+        (ProjectedKFAC, {"rank": 2}),
+        (MBF, {"variant": "A"}),
+        (Shampoo, {"block": 2}),
+        (KBFGS, {"memory": 3}),
+    ):
+        model = network()
+        opt = make(model)
+        step(opt, model, data())
+        with pytest.raises(InputError, match=r"its averages have shapes .* where those of these options have"):
+            make(network(), **other).load_state_dict(opt.state_dict())
+
+
+def test_an_unused_parameter_is_left_alone(build):
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.used(x)
+
+    model = seeded(Unused)
+    opt = build(model)
+    before = model.idle.weight.detach().clone()
+    for _ in range(3):
+        step(opt, model, (torch.eye(4, dtype=torch.float64), torch.tensor([0, 1, 2, 0])))
+    assert torch.equal(model.idle.weight, before)
+
+
+def test_a_weight_used_past_its_module():
+    """Methods of factors fall back and say so; those of mean gradients need no module."""
+
+    class Direct(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.out(torch.tanh(functional.linear(x, self.first.weight, self.first.bias)))
+
+    batch = torch.ones(3, 4, dtype=torch.float64), torch.tensor([0, 1, 2])
+    for make in (KFAC, EKFAC, ProjectedKFAC, KBFGS):
+        model = seeded(Direct)
+        with pytest.warns(
+            NumericalWarning, match=f"{make.__name__} saw a gradient of 'first.weight', 'first.bias', but"
+        ):
+            step(make(model), model, batch)
+    for make in (MBF, Shampoo):
+        model = seeded(Direct)
+        step(make(model), model, batch)
