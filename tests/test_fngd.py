@@ -230,6 +230,16 @@ def test_analyses_of_the_model_see_no_weights():
     assert not torch.equal(flat(model), state)
 
 
+def test_transforms_of_functions_see_no_weights():
+    model, opt, x, y = weighted("flattened")
+    twin = copy.deepcopy(model)
+    found, expected = (
+        torch.func.vmap(torch.func.jacrev(lambda z, net=net: net(z[None])[0]))(x) for net in (model, twin)
+    )
+    torch.testing.assert_close(found, expected)
+    take_step(opt, model, x, y)
+
+
 def test_the_model_can_be_copied_and_hooks_can_go():
     model, opt, x, y = weighted()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301

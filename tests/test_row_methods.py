@@ -340,7 +340,7 @@ def test_activations_do_not_wait_for_a_step_without_statistics(method):
 
 
 @pytest.mark.filterwarnings("ignore")  # of the tracer
-@pytest.mark.parametrize("method", [TENGraD, FNGD])
+@pytest.mark.parametrize("method", [pytest.param(TENGraD, marks=pytest.mark.slow), FNGD])
 def test_compiled_models(method):
     """Traced, without a compiler: the hooks take part in the graph."""
     results = []
@@ -421,3 +421,15 @@ def test_a_buffer_that_is_filled_again_too_early_is_noticed(method):
     opt.zero_grad()
     step(opt, model, (buffer, y))
     assert opt.diagnostics["steps"] == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_channels_last_is_the_same(method):
+    results = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        model, (x, y) = network().to(memory_format=memory_format), data()
+        opt = method(model, **OPTIONS, **({"epoch_steps": 2} if method is FNGD else {}))
+        for _ in range(4):
+            step(opt, model, (x.to(memory_format=memory_format), y))
+        results.append(flat(model))
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)

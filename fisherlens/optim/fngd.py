@@ -14,9 +14,9 @@ from fisherlens.errors import InputError
 from fisherlens.layout import LayerInfo
 from fisherlens.likelihoods import Likelihood
 from fisherlens.optim import texts
-from fisherlens.optim.base import choice, number
-from fisherlens.optim.kernels import RowMethod
-from fisherlens.optim.weighted import weigh_gradient
+from fisherlens.optim.base import choice
+from fisherlens.optim.kernels import RowMethod, whole
+from fisherlens.optim.weighted import transformed, weigh_gradient
 
 COEFFICIENTS = ("position", "layer")
 
@@ -56,8 +56,7 @@ class FNGD(RowMethod):
         \bar c \leftarrow (t \bar c + c)/(t + 1), \qquad d = \tfrac{1}{M} \sum_n \bar c_n u_n ;
 
     with c in place of c̄, d is (F + λI)⁻¹ ḡ, and the first step is. Afterwards c̄ stays, and the backward pass itself multiplies the
-    output scores by c̄ in the gradients of weight and bias; the signal to earlier layers stays as it is. Momentum and decay as in SGD.
-    All other parameters: d = ḡ / (1 + λ).
+    output scores by c̄ in the gradients of weight and bias; the signal to earlier layers stays. All other parameters: d = ḡ / (1 + λ).
 
     Parameters
     ----------
@@ -68,8 +67,8 @@ class FNGD(RowMethod):
     epoch_steps
         Steps in the first epoch: ``len(loader)``. The default is our choice, for lack of a loader; :meth:`end_epoch` ends it earlier.
     coefficients
-        ``"position"``: a coefficient for each position in the batch. ``"layer"``: their mean, one number per layer (an ablation;
-        under shuffling c̄ tends to a constant).
+        ``"position"``: a coefficient for each position in the batch. ``"layer"``: their mean (an ablation: under
+        shuffling c̄ tends to it).
     likelihood, labels
         For the form of all methods: coefficients exist for the labels of the loss only, ``"true"``.
     momentum, weight_decay
@@ -88,7 +87,7 @@ class FNGD(RowMethod):
     Raises
     ------
     InputError: an option out of range, nothing to train, ``step()`` without a backward pass. NonFiniteError, from ``step()``: NaN or
-    infinity in a gradient (named) or in the statistics; parameters and state stay as they were.
+    infinity in a gradient (named) or in the statistics; nothing has changed.
 
     Notes
     -----
@@ -134,9 +133,7 @@ class FNGD(RowMethod):
             choice("preset", preset, ("paper",))
         if labels == "sampled":
             raise InputError(texts.TRUE_LABELS.format(name=type(self).__name__))
-        if isinstance(epoch_steps, bool) or not isinstance(epoch_steps, int):
-            raise TypeError(f"epoch_steps must be an int; got {type(epoch_steps).__name__} {epoch_steps!r}.")
-        self.epoch_steps = int(number("epoch_steps", epoch_steps, 1))
+        self.epoch_steps = whole("epoch_steps", epoch_steps)
         self.coefficients = choice("coefficients", coefficients, COEFFICIENTS)
         self._coefficients: dict[str, Coefficients] = {}
         options = {"lr": lr, "damping": damping, "momentum": momentum, "weight_decay": weight_decay, "kl_clip": None}
@@ -165,7 +162,7 @@ class FNGD(RowMethod):
     def _weigh(self, layer: LayerInfo, module: nn.Module, x: Tensor, output: Tensor) -> Tensor | None:
         """Let the gradients of a layer's parameters be weighted by its coefficients, once these are not under way."""
         known = self._coefficients.get(layer.name)
-        if self._tap.listening or known is None:
+        if self._tap.listening or known is None or transformed(output):
             return None
         c = known.at(self._examples, len(output), constant=self.coefficients == "layer")
         return weigh_gradient(module, x, output, c)

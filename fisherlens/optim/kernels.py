@@ -15,7 +15,7 @@ from fisherlens.errors import InputError, NonFiniteError, NumericalWarning
 from fisherlens.layout import ROOT, LayerInfo
 from fisherlens.linalg.memory import Workspace
 from fisherlens.optim import texts
-from fisherlens.optim.base import NaturalGradient
+from fisherlens.optim.base import NaturalGradient, number
 from fisherlens.optim.rows import batch_scores, kernel, owned, packed, unpacked
 from fisherlens.optim.solve import RETRIES, factorise
 from fisherlens.optim.tap import Pass
@@ -204,3 +204,10 @@ class RowMethod(NaturalGradient):
             ]
             fresh[key] = self._factorised(rows, entry["scale"], entry["gram"], entry["damping"])
         self._kept = fresh
+
+
+def whole(name: str, value: Any) -> int:
+    """Check a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int; got {type(value).__name__} {value!r}.")
+    return int(number(name, value, 1))

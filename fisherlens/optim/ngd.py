@@ -14,7 +14,7 @@ from fisherlens.linalg.cg import conjugate_gradients
 from fisherlens.optim import texts
 from fisherlens.optim.adaptive import AdaptiveDamping
 from fisherlens.optim.base import choice, number
-from fisherlens.optim.kernels import KernelSolve, RowMethod
+from fisherlens.optim.kernels import KernelSolve, RowMethod, whole
 
 SOLVERS = ("auto", "kernel", "cg")
 
@@ -117,9 +117,7 @@ class NGD(AdaptiveDamping, RowMethod):
         if preset is not None:
             choice("preset", preset, ("paper",))
         self.solver, self.adapt_damping = choice("solver", solver, SOLVERS), bool(adapt_damping)
-        self.max_rows, self.cg_steps = (
-            int(number(n, v, 1)) for n, v in (("max_rows", max_rows), ("cg_steps", cg_steps))
-        )
+        self.max_rows, self.cg_steps = whole("max_rows", max_rows), whole("cg_steps", cg_steps)
         self.cg_tol = number("cg_tol", cg_tol, strict=True)
         self.warm_start = number("warm_start", warm_start)
         self._last: Tensor | None = None  # d of the last step, flat

@@ -80,3 +80,8 @@ def weigh_gradient(module: nn.Module, x: Tensor, output: Tensor, c: Tensor) -> T
             x, padding = geometry.padded(x), [0] * len(before)
         conv = (list(geometry.stride), padding, list(geometry.dilation), geometry.groups)
     return _WeightedGradient.apply(output.detach(), x, module.weight, module.bias, c, conv)
+
+
+def transformed(x: Tensor) -> bool:
+    """Whether a transform of torch.func is at work, whose derivatives are none of a training step's."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
