@@ -219,7 +219,7 @@ class ScoreTap:
             calls = one.calls.setdefault(name, [])
             if call not in calls:
                 calls.append(call)
-            if not self.listening:  # the shape is all that counts, and a whole batch of activations need not wait for the step
+            if not self.listening:  # only the shape counts, and activations need not wait for the step
                 call.use.inputs = call.use.inputs.new_empty(()).expand(call.use.inputs.shape)
                 continue
             if call.layer.weight is not None and call.use.modified:
