@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from fisherlens import Fisher
-from fisherlens.errors import InputError, NumericalWarning
+from fisherlens.errors import InputError, NonFiniteError, NumericalWarning
 from fisherlens.optim import EKFAC, KBFGS, KFAC, MBF, TNT, ProjectedKFAC, Shampoo
 
 METHODS = {
@@ -206,6 +206,32 @@ def test_autocast_keeps_statistics_in_single_precision(build):
         tensors = [x for r in opt._records.values() for x in r.state().values() if isinstance(x, torch.Tensor)]
         assert {x.dtype for x in tensors} == {torch.float32}
     assert functional.cosine_similarity(*moved, dim=0) > 0.9
+
+
+TRUE = [name for name in METHODS if name not in ("mbf sampled", "kfac factored", "tnt", "k-bfgs", "k-bfgs(l)")]
+
+
+@pytest.mark.parametrize("name", TRUE)
+def test_statistics_that_overflow_are_refused(name):
+    model, batch = network(torch.float32), data(8, torch.float32)
+    opt = METHODS[name](model, refresh=1)
+    step(opt, model, batch)
+    before = flat(model)
+    with pytest.raises(NonFiniteError, match="The scores of layer '0' hold NaN or infinity in their second moments"):
+        step(opt, model, batch, lambda net, b: 1e25 * loss_of(net, b))
+    assert torch.equal(flat(model), before)
+
+
+@pytest.mark.parametrize("build", [MBF, Shampoo, TNT])
+@pytest.mark.parametrize("entry", [("3", 0, 0), ("5", 2, 4)])
+def test_one_large_entry_of_a_gradient_is_enough(build, entry):
+    layer, *at = entry
+    model, batch = network(torch.float32), data(8, torch.float32)
+    opt = build(model, **{"block": 2} if build is Shampoo else {}, labels="true")
+    before = flat(model)
+    with pytest.raises(NonFiniteError, match=f"The scores of layer '{layer}' hold NaN or infinity"):
+        step(opt, model, batch, lambda net, b: loss_of(net, b) + 1e25 * net[int(layer)].weight[tuple(at)])
+    assert torch.equal(flat(model), before)
 
 
 def test_common_options_have_one_name(build):

@@ -175,7 +175,7 @@ class EKFAC(LayerWise):
         rho, like = options["ema"], self._parameters[0]
         layers = [layer for layer in self.covered if layer.name in active]
         factors = {name: (s.A / s.examples, s.G * scale) for name, s in self._sums.items() if name in active}
-        self._require_finite_parts(factors)
+        self._require_finite_parts(factors.items())
         bases: dict[str, tuple[Tensor, ...]] = {}
         for layer in layers:
             if layer.name in factors:
@@ -193,7 +193,7 @@ class EKFAC(LayerWise):
                     left, right = bases.get(layer.name, (record.left, record.right))[:2]
                     found = (left.mT @ found @ right).square()
                 fresh[layer.name] = scale * found
-        self._require_finite_parts({name: (s,) for name, s in fresh.items()})  # nothing is changed before this
+        self._require_finite_parts((name, (s,)) for name, s in fresh.items())  # nothing is changed before this
         for layer in layers:
             record = self._record_of(layer)
             if layer.name in bases:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -247,9 +247,9 @@ class LayerWise(NaturalGradient):
             if layer.name in one.calls:
                 yield layer, one.calls[layer.name]
 
-    def _require_finite_parts(self, parts: Mapping[str, Sequence[Tensor]]) -> None:
+    def _require_finite_parts(self, parts: Iterable[tuple[str, Sequence[Tensor]]]) -> None:
         """Refuse statistics with NaN or infinity before anything is changed, naming their layer."""
-        for name, tensors in parts.items():
+        for name, tensors in parts:
             if not all(torch.isfinite(x).all() for x in tensors):
                 raise NonFiniteError(texts.BAD_STATISTICS.format(layer=name))
 

@@ -196,7 +196,7 @@ class KBFGS(LayerWise):
         A = {layer.name: self._sums[layer.name].A / self._sums[layer.name].examples for layer in fresh}
         theta = self._theta()
         means = {layer.name: self._means(layer, theta) for layer in fresh}
-        self._require_finite_parts({name: (A[name], *means[name]) for name in A})  # before anything is changed
+        self._require_finite_parts((name, (A[name], *means[name])) for name in A)  # before anything is changed
         for layer in fresh:
             record = self._record_of(layer)
             a, h, score = means[layer.name]

@@ -174,7 +174,7 @@ class KFAC(LayerWise):
     def _precondition(self, gradient: Tensor, active: set[str], scale: float, out: Tensor) -> None:
         options = self.param_groups[0]
         fresh = {name: (s.A / s.examples, s.G * scale) for name, s in self._sums.items() if name in active}
-        self._require_finite_parts(fresh)  # before anything is changed
+        self._require_finite_parts(fresh.items())  # before anything is changed
         known = []
         for layer in self.covered:
             if layer.name not in active:

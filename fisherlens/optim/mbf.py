@@ -185,7 +185,7 @@ class MBF(WarmStarted):
         if self._due:
             flat, known = self._statistic(gradient, active, scale)
             fresh = {layer.name: self._products(layer, flat) for layer in blocks if layer.name in known}
-            self._require_finite_parts({name: (S,) for name, S in fresh.items()})  # before anything is changed
+            self._require_finite_parts((name, (S,)) for name, S in fresh.items())  # before anything is changed
             for name, S in fresh.items():
                 self._records[name].F.lerp_(S, 1 - options["ema"])
         if step % self.inverse_refresh == 0 or (step <= self.inverse_refresh and self._due):
@@ -228,7 +228,7 @@ class MBF(WarmStarted):
         for count, flat in enumerate(gradients, 1):
             for layer in layers:
                 records[layer.name].F.lerp_(self._products(layer, flat), 1 / count)
-        self._require_finite_parts({layer.name: (records[layer.name].F,) for layer in layers})
+        self._require_finite_parts((layer.name, (records[layer.name].F,)) for layer in layers)
         self._invert([records[layer.name] for layer in layers])
         self._records = records
         return count

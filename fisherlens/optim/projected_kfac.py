@@ -205,7 +205,7 @@ class ProjectedKFAC(LayerWise):
                 for rows in rows_of(layer, calls, self._parameters[0].dtype, self._workspace):
                     for power, one, x in zip(powers, P, rows, strict=True):
                         power += x @ (x.mT @ one)
-            self._require_finite_parts({layer.name: powers})
+            self._require_finite_parts([(layer.name, powers)])
             P = [orthonormal(power, one) for power, one in zip(powers, P, strict=True)]
         return P
 
@@ -224,7 +224,7 @@ class ProjectedKFAC(LayerWise):
                 factors = 1 / self._counts[layer.name], scale
                 pairs = zip(self._seen_from[layer.name], factors, strict=True)
                 means[layer.name] = tuple(one.mean(factor) for one, factor in pairs)
-        self._require_finite_parts({k: [x for s in pair for x in vars(s).values()] for k, pair in means.items()})
+        self._require_finite_parts((k, [x for s in pair for x in vars(s).values()]) for k, pair in means.items())
         for layer in layers:
             sides = self._sides(layer)
             if layer.name in means:

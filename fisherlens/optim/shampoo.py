@@ -156,7 +156,7 @@ class Shampoo(MeanGradient):
                     x = cut.take(flat[info.start : info.stop].view(info.shape))
                 if info.layer in known or info.layer not in covered:
                     fresh[info, k] = [contraction(x, axis) for axis in range(len(info.shape))]
-            self._require_finite_parts({info.layer: L for (info, _), L in fresh.items()})  # before anything is changed
+            self._require_finite_parts((info.layer, L) for (info, _), L in fresh.items())  # before anything is changed
             for (info, k), contractions in fresh.items():
                 for record, L in zip(self._axes(info.name, k, len(contractions)), contractions, strict=True):
                     _add(record, L, options["ema"])

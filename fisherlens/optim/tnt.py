@@ -139,7 +139,7 @@ class TNT(WarmStarted):
         if self._due:
             flat, known = self._statistic(gradient, active, scale)
             fresh = [(info, self._contractions(info, flat)) for info in tensors if info.layer in known]
-            self._require_finite_parts({info.layer: H for info, H in fresh})  # before anything is changed
+            self._require_finite_parts((info.layer, H) for info, H in fresh)  # before anything is changed
             for info, contractions in fresh:
                 for record, H in zip(self._axes(info), contractions, strict=True):
                     record.L.lerp_(H, 1 - rho)
@@ -175,7 +175,7 @@ class TNT(WarmStarted):
                 for record, H in zip(self._axes(info, records), self._contractions(info, flat), strict=True):
                     record.L.lerp_(H, 1 / count)
                     record.weight = 1.0
-        self._require_finite_parts({x.name: [r.L for r in self._axes(x, records)] for x in self._tensors()})
+        self._require_finite_parts((x.layer, [r.L for r in self._axes(x, records)]) for x in self._tensors())
         self._invert(self._tensors(), records)
         self._records = records
         return count
