@@ -16,7 +16,7 @@ from fisherlens.coupling import norms as ways
 from fisherlens.coupling.kernels import families, kernel_norms
 from fisherlens.coupling.strips import matrix_norms, strip_norms
 from fisherlens.coupling.tiles import BlockGrams, layer_norms, tile_norms
-from fisherlens.errors import InputError, MemoryBudgetError
+from fisherlens.errors import InputError, MemoryBudgetError, NonFiniteError
 
 pytestmark = pytest.mark.filterwarnings(QUIET)
 SCHEMES = {
@@ -344,6 +344,26 @@ def test_noise_floor_is_the_coupling_of_mixed_rows():
 
 
 # --- what is special and what is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1e12, 1e20])
+def test_products_that_overflow_are_refused(size):
+    """Scores that single precision holds, whose products it does not."""
+    model = nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(3, 2))
+    with torch.no_grad():
+        model[0].weight.fill_(1e-20)
+        model[1].weight.copy_(torch.tensor([[1.0, 2.0, 0.5], [-1.0, 0.3, 1.0]]))
+    x = size * torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    F = fl.Fisher(model, (x, torch.zeros(6, dtype=torch.long)), likelihood="categorical", kind="empirical")
+    with pytest.raises(
+        NonFiniteError, match=r"The couplings hold NaN or infinity.* Look for very large .* use a float64 model"
+    ):
+        fl.coupling(F, num_null=0)
+    with pytest.raises(NonFiniteError, match="The couplings hold NaN or infinity"):
+        fl.coupling(F, num_null=0, num_sketches=3)
+    if size > 1e18:
+        with pytest.raises(NonFiniteError, match="The couplings hold NaN or infinity"):
+            fl.dependence(F, num_null=0)
 
 
 def test_single_blocks_and_single_examples():

@@ -80,7 +80,12 @@ def test_below_the_diagonal_of_many_blocks_only_what_stands_out():
         assert np.array_equal(np.isnan(shown), lower & ~kept)
         assert np.array_equal(shown[~lower], dataset["coupling"].values[~lower])
         assert words in texts(ax)
-    assert not np.isnan(drawn(plots.coupling(dataset, below="all"))).any()
+    for options in (
+        {"below": "all"},
+        {"legend": False},
+        {"show_significant": False},
+    ):  # nothing would say what is left out
+        assert not np.isnan(drawn(plots.coupling(dataset, **options))).any()
     assert not np.isnan(drawn(plots.coupling(samples.coupling(per_layer=15)))).any()  # 60 blocks: marks can be seen
     assert not np.isnan(drawn(plots.coupling(dataset[["coupling"]]))).any()
     floor = plots.coupling(dataset.drop_vars("p_adjusted"))

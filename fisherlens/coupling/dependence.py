@@ -79,6 +79,8 @@ def dependence(
         Fewer than 4 examples with weight, an unknown measure, or ``normalise="outputs"`` with the mc kind.
     MemoryBudgetError
         Scores that are not kept, or matrices over examples that do not fit.
+    NonFiniteError
+        Products of scores overflowed.
 
     Notes
     -----

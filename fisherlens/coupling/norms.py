@@ -12,7 +12,7 @@ from torch import Tensor
 from fisherlens.coupling.kernels import families, kernel_bytes, kernel_cost, kernel_norms
 from fisherlens.coupling.strips import matrix_norms, strip_norms
 from fisherlens.coupling.tiles import layer_norms, tile_norms, tile_rows
-from fisherlens.errors import MemoryBudgetError, readable_bytes
+from fisherlens.errors import MemoryBudgetError, NonFiniteError, readable_bytes
 from fisherlens.partitions import Partition
 from fisherlens.scores import ScoreMatrix
 
@@ -48,7 +48,7 @@ def layer_block_norms(scores: ScoreMatrix, memory: int) -> Norms | None:
     """With one block per layer from the layers' Gram matrices; None where these do not fit."""
     if len(scores.layers) * scores.rows**2 * scores.dtype.itemsize > max(memory, _LEAST):
         return None
-    return Norms(*layer_norms(scores), "Gram matrices of the layers")
+    return _finite(*layer_norms(scores), "Gram matrices of the layers")
 
 
 def block_norms(scores: ScoreMatrix, parts: Partition, memory: int) -> Norms:
@@ -65,7 +65,21 @@ def block_norms(scores: ScoreMatrix, parts: Partition, memory: int) -> Norms:
             "one column each, estimates with num_sketches=8, one layer with F.restrict(name), or raise memory= of the Fisher."
         )
     best = min(fitting, key=lambda way: way.cost)
-    return Norms(*best.run(), best.name)
+    return _finite(*best.run(), best.name)
+
+
+def require_finite_products(values: Tensor) -> None:
+    """Refuse products of scores that overflowed."""
+    if not torch.isfinite(values).all():
+        raise NonFiniteError(
+            "The couplings hold NaN or infinity: products of the scores, which are of the fourth order in them, overflowed. Look for very large parameters or inputs, or "
+            "use a float64 model."
+        )
+
+
+def _finite(squares: Tensor, traces: Tensor, way: str) -> Norms:
+    require_finite_products(squares)
+    return Norms(squares, traces, way)
 
 
 def possible_ways(scores: ScoreMatrix, parts: Partition, memory: int) -> list[_Way]:

@@ -78,6 +78,8 @@ def coupling(
         More than ``max_blocks`` blocks, or an option out of its range.
     MemoryBudgetError
         The result, or every way to compute it, is over the budget of F.
+    NonFiniteError
+        Products of scores overflowed.
 
     Notes
     -----
@@ -91,10 +93,10 @@ def coupling(
 
     Cost in multiplications, r rows of U, p parameters in B blocks: whole layers B² r²/2 once their Gram matrices exist; units, or inputs, of
     dense layers at one position B² N²/2, whatever their size, by ‖F_oo'‖² = sᵀ[(AAᵀ)∘(AAᵀ)]s/N², s_n = Σ_r g_nro g_nro'; anything else the less of
-    B² r²/4 + p r²/2 (Gram matrices in tiles of rows) and r p²/2 (columns). U itself is never held; ``attrs["method"]`` says which way was taken. A test costs
+    B² r²/4 + p r²/2 (Gram matrices in tiles of rows) and r p²/2 (columns). Nothing is held beyond the budget of F; ``attrs["method"]`` says which way was taken. A test costs
     num_null B² N²/4. A sketch costs q half-products with F and B² q²/4.
 
-    Bias of sketches: the squared norms are unbiased, so ρ² has the bias of a ratio of means, O(1/(num_sketches q²)), and may leave [0, 1]; it is in
+    Bias of sketches: the squared norms are unbiased, so ρ² has the bias of a ratio of means, of the order of its squared standard error, and may leave [0, 1]; it is in
     ``coupling_squared``. ``coupling`` is its root after clipping, which is biased upward near 0: average ``coupling_squared``, not ``coupling``.
     ``coupling_sem`` = √(ρ² + sem) - ρ, with sem that of ρ².
 

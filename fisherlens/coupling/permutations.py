@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherlens._progress import progress
-from fisherlens.coupling.norms import are_layers
+from fisherlens.coupling.norms import are_layers, require_finite_products
 from fisherlens.coupling.tiles import BlockGrams
 from fisherlens.errors import MemoryBudgetError, readable_bytes
 from fisherlens.partitions import Partition
@@ -41,6 +41,7 @@ def sample_grams(sample: ScoreMatrix, parts: Partition, memory: int) -> Callable
             found = torch.stack([sample.layer_gram(x.layer.name) for x in sample.layers[blocks]])
         else:
             found = grams.whole(blocks)
+        require_finite_products(found)
         return found if keep is None else found[:, keep][:, :, keep]
 
     return of
@@ -158,6 +159,7 @@ class _Packed:
             return self._kept[blocks.start]
         packed = self._matrices(blocks)[:, self.low, self.high] * self.weight
         norm = torch.linalg.vector_norm(packed, dim=1, keepdim=True)
+        require_finite_products(norm)
         packed /= norm.where(norm > 0, 1)
         if self._kept is not None:
             self._kept[blocks.start] = packed

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fisherlens._progress import progress
+from fisherlens.coupling.norms import require_finite_products
 from fisherlens.errors import MemoryBudgetError, NumericalWarning, readable_bytes
 from fisherlens.linalg.dense import self_gram
 from fisherlens.partitions import BlockGroup, Partition
@@ -50,6 +51,7 @@ def sketched_norms(
     for k in progress(range(num_sketches), desc="sketches", enabled=bar):
         signs = torch.randint(0, 2, (scores.rows, size), generator=generator)
         x = _sketch(scores, parts, (2 * signs - 1).to(device, scores.dtype), memory)
+        require_finite_products(x)
         own[k] = x.diagonal()
         sums[0] += x
         sums[1] += x.square()

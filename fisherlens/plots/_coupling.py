@@ -69,7 +69,7 @@ def coupling(
         Draw the dots; the hatching and the median floor in the colour bar.
     below
         What to draw below the diagonal: ``"all"``; only pairs that are ``"significant"`` at ``alpha``; or only those ``"above floor"``. None for "all" up to 60
-        blocks, then the first of the others that the Dataset has.
+        blocks, and without legend or ``show_significant``; else the first of the others that the Dataset has.
     annotate
         Write the numbers into the cells; None for up to 12 blocks.
     boundaries
@@ -109,7 +109,9 @@ def coupling(
     side = float(np.clip(0.42 * count + 2.0, 4.8, 7.2))
     ax = common.new_axes(ax, side + 1.2, side)
     shown = np.where(np.eye(count, dtype=bool), np.nan, values - floor) if excess else values
-    kept, how = _below(below, count, values, floor, p_value, f"{TESTS[test]} < {alpha:g}", alpha)
+    if below is None and (count <= _MOST_MARKS or not (show_significant and legend)):
+        below = "all"
+    kept, how = _below(below, values, floor, p_value, test, alpha)
     shown = np.where(kept, shown, np.nan)
     image = draw(ax, shown, excess)
     noisy = floor is not None and show_noise
@@ -137,28 +139,21 @@ def coupling(
 
 def _below(
     below: str | None,
-    count: int,
     values: np.ndarray,
     floor: np.ndarray | None,
     p_value: np.ndarray | None,
-    words: str,
+    test: str,
     alpha: float,
 ) -> tuple[np.ndarray, str]:
     """Which cells to draw, and what that says of those below the diagonal."""
     known = {"all": True, "significant": p_value is not None, "above floor": floor is not None}
     if below is None:
-        below = (
-            next((name for name in ("significant", "above floor") if known[name]), "all")
-            if count > _MOST_MARKS
-            else "all"
-        )
+        below = next((name for name in ("significant", "above floor") if known[name]), "all")
     elif not known[common.choose("below", below, list(known))]:
-        raise InputError(
-            _NOT_BELOW.format(below=below, needs="p_adjusted" if below == "significant" else "noise_floor")
-        )
-    upper = np.triu(np.ones((count, count), dtype=bool))
+        raise InputError(_NOT_BELOW.format(below=below, needs=test if below == "significant" else "noise_floor"))
+    upper = np.triu(np.ones_like(values, dtype=bool))
     if below == "significant" and p_value is not None:
-        return upper | (p_value < alpha), f"with {words}"
+        return upper | (p_value < alpha), f"with {TESTS[test]} < {alpha:g}"
     if below == "above floor" and floor is not None:
         return upper | (values > floor), "above the noise floor"
     return np.ones_like(upper), ""
