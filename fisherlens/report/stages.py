@@ -97,11 +97,10 @@ def analyse(
 
     with store.task("independence", stage):
         _require_targets(has_targets)
-        store.put(
-            "independence",
-            independence(F, segmentations(F, setting.seed), damping=damping, progress_bar=setting.bars),
-            stage,
-        )
+        judged = independence(F, segmentations(F, setting.seed), damping=damping, progress_bar=setting.bars)
+        store.put("independence", judged, stage)
+        if "interrupted" in judged.attrs:  # what was finished is kept; the report ends here all the same
+            raise KeyboardInterrupt
     tick(f"{stage}: one step", WEIGHTS["independence"])
 
     with store.task("one-step check", stage):
