@@ -87,9 +87,9 @@ def dependence(
     One score vector per example: labels drawn from the model for the exact kind, the first draw of mc, the observed labels for empirical.
     The p-values are exact for any dependence, as permuted pairs are independent with the same marginals, if the examples are exchangeable.
 
-    Caution: with few outputs all blocks share the factor p - e_y of the output score. Two blocks whose scores are uncorrelated and otherwise independent,
-    but multiplied by one random length, have R = 0.46 in theory's example (methods: dependence beyond correlation). So a found dependence does not say
-    that the blocks' parameters act together. ``normalise="outputs"`` takes that length out, but not the shared direction, a sign where there is one output.
+    Caution: with few outputs all blocks share the factor p - e_y of the output score. Two blocks that are independent but for one random length by which the
+    scores of both are multiplied are uncorrelated, and yet their dependence is large. So a dependence that is found does not say that the blocks'
+    parameters act together. ``normalise="outputs"`` takes that length out, but not the shared direction, a sign where there is one output.
 
     Cost: B Gram matrices over N examples, then (num_null + 1) B² N²/4 multiplications; N² per block are held, or computed again, under the budget of F.
     Sources: Székely and Rizzo (2014), Ann. Stat. 42, 2382 (U-centring, bias-corrected distance correlation); Song, Smola, Gretton, Bedo and Borgwardt (2012), JMLR
