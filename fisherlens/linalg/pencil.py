@@ -18,8 +18,6 @@ from fisherlens.errors import NonFiniteError
 
 # Up to this order LAPACK's dense solver is both faster and exact.
 DENSE_ORDER = 256
-# Share of the tolerance that the estimate residual²/gap may take: the gap is an estimate too (our choice).
-_QUADRATIC_SHARE = 0.2
 PRODUCT, SOLVE = "product", "solve"
 
 
@@ -59,7 +57,7 @@ def lanczos_run(start: Tensor, *, tol: float, max_steps: int, ends: Sequence[str
     start
         A vector ``(n,)``: the run begins with M⁻¹ of it.
     tol
-        Relative; a value is accepted when its residual is below tol · μ, or residual²/gap below a fifth of that, in two steps in a row.
+        Relative; a value is accepted when its residual, or residual²/gap, is below tol · μ in two steps in a row.
     max_steps
         Steps after which what there is comes back unconverged.
     ends
@@ -130,8 +128,8 @@ def _ritz(alphas: list[float], betas: list[float], beta: float, tol: float, ends
         value, residual = float(theta[at]), float(beta * abs(y[-1, at]))
         gap = abs(value - float(theta[beside])) if len(theta) > 1 else 0.0
         squared = residual**2 / gap if gap > residual else math.inf
-        converged = residual <= tol * abs(value) or squared <= _QUADRATIC_SHARE * tol * abs(value)
-        found.append(Extreme(value, min(residual, squared), len(theta), bool(converged)))
+        error = min(residual, squared)
+        found.append(Extreme(value, error, len(theta), bool(error <= tol * abs(value))))
     return found
 
 
