@@ -9,6 +9,7 @@ from test_cwngd import NETWORKS, flat, make, rows_of, seeded, summed
 from torch import nn
 from torch.nn import functional
 
+from fisherlens import Categorical
 from fisherlens.errors import InputError, NonFiniteError
 from fisherlens.optim.kbfgs import KBFGS
 from fisherlens.optim.secant import bfgs, by_pairs, powell_damped
@@ -159,7 +160,105 @@ def test_the_closure_runs_twice_and_its_first_loss_is_returned():
     assert opt.step(closure) is losses[2]
     assert len(losses) == 3  # no statistics are due
     assert (opt.diagnostics["steps"], opt.diagnostics["refreshes"]) == (2, 1)
-    with pytest.raises(InputError, match=r"KBFGS.step\(\) needs a closure, because it looks at the same batch again"):
+
+
+def binary(outputs, targets):
+    return functional.binary_cross_entropy_with_logits(outputs, functional.one_hot(targets, 3).double())
+
+
+LOSSES = {  # mean negative log-likelihoods
+    "categorical": functional.cross_entropy,
+    "bernoulli": lambda f, y: 3 * binary(f, y),
+    "gaussian": lambda f, y: (f - functional.one_hot(y, 3)).square().sum() / (2 * len(f)),
+}
+
+
+@pytest.mark.parametrize("likelihood", LOSSES)
+@pytest.mark.parametrize("name", ["dense", "groups", "shared"])
+def test_the_ordinary_loop_is_that_of_a_closure(name, likelihood):
+    results, loss = [], LOSSES[likelihood]
+    for way in ("closure", "loop", "parts"):
+        model, x, y = make(name)
+        opt = KBFGS(model, lr=0.05, likelihood=likelihood, refresh=2)
+        for _ in range(5):
+            if way == "closure":
+                opt.step(closure_of(opt, model, x, y, loss))
+                continue
+            opt.zero_grad()
+            if way == "loop":
+                loss(model(x), y).backward()
+            else:
+                for at in (slice(0, 3), slice(3, 7)):
+                    (loss(model(x[at]), y[at]) * len(x[at]) / 7).backward()
+            gradients = [p.grad.clone() for p in model.parameters()]
+            opt.step()
+            assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+        results.append(flat(model))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-8, atol=1e-10)
+
+
+def test_the_ordinary_loop_with_a_summed_loss_and_dropout():
+    results = []
+    for reduction, loss in (("mean", functional.cross_entropy), ("sum", summed)):
+        model = seeded(lambda: nn.Sequential(nn.Linear(5, 20), nn.Dropout(), nn.Linear(20, 3)))()
+        _, x, y = make("dense")
+        masks = []
+        model[1].register_forward_hook(lambda module, args, output, masks=masks: masks.append(output.detach() == 0))
+        opt = KBFGS(model, lr=0.01, reduction=reduction)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            for _ in range(3):
+                opt.zero_grad()
+                loss(model(x), y).backward()
+                opt.step()
+        assert torch.equal(masks[0], masks[1])
+        assert torch.equal(masks[2], masks[3])
+        assert not torch.equal(masks[1], masks[2])
+        results.append([record.H_g for record in opt._records.values()])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_that_are_only_looked_at_do_not_count():
+    results = []
+    for look in (False, True):
+        model, x, y = make("groups")
+        opt = KBFGS(model, lr=0.05)
+        for _ in range(3):
+            loss = functional.cross_entropy(model(x), y)
+            opt.zero_grad()
+            if look:
+                torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+            loss.backward()
+            opt.step()
+        results.append(flat(model))
+    assert torch.equal(*results)
+
+
+def test_an_input_that_is_written_over_before_the_step_is_noticed():
+    model, x, y = make("dense")
+    opt = KBFGS(model)
+    functional.cross_entropy(model(x), y).backward()
+    x += 1
+    with pytest.raises(InputError, match="was changed in place after the layer had read it"):
+        opt.step()
+
+
+def test_what_cannot_be_made_again_needs_a_closure():
+    text = r"KBFGS.step\(\) needs a closure here, because it looks at the same batch again after the step"
+    model, x, y = make("dense")
+    opt = KBFGS(model, likelihood=Categorical(weight=[1.0, 2.0, 3.0]))
+    before = flat(model)
+    functional.cross_entropy(model(x), y).backward()
+    with pytest.raises(InputError, match=text):
+        opt.step()
+    opt = KBFGS(model)
+    functional.cross_entropy(model[2](model[:2](x)), y).backward()
+    with pytest.raises(InputError, match=text):
+        opt.step()
+    assert torch.equal(flat(model), before)
+    opt.zero_grad()
+    with pytest.raises(InputError, match=r"step\(\) found no statistics"):
         opt.step()
 
 

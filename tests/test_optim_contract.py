@@ -47,7 +47,7 @@ def step(opt, model, batch, loss=loss_of, set_to_none=True):
         value.backward()
         return value
 
-    if isinstance(opt, KBFGS):
+    if isinstance(opt, KBFGS) and opt.memory:  # and the other one in the ordinary loop
         return opt.step(closure).item()
     value = closure()
     opt.step()

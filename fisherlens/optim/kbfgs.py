@@ -15,6 +15,7 @@ from fisherlens.likelihoods import Likelihood
 from fisherlens.optim import texts
 from fisherlens.optim.base import choice
 from fisherlens.optim.factors import LayerWise, matrix_of, matrix_shape, positions, whole, write_matrix
+from fisherlens.optim.replay import Replay, Run
 from fisherlens.optim.secant import Secants, Sums, bfgs, by_pairs, powell_damped, random_states, set_random_states
 from fisherlens.optim.tap import Pass
 
@@ -54,7 +55,9 @@ class KBFGS(LayerWise):
         Steps from one update of both inverses to the next; steps between them evaluate the closure once.
     kl_clip
         κ: the direction of Linear and convolution layers is multiplied by ν = min(1, √(κ / (lr² ⟨u, ḡ⟩))). None clips nothing.
-    labels, likelihood, seed
+    likelihood
+        Whose mean negative log-likelihood the loss is, for steps without a closure: categorical, Bernoulli or Gaussian without weights.
+    labels, seed
         ``"true"`` alone: the pairs are changes of the user's loss, and nothing is drawn.
     preset
         None or ``"paper"``, which agree.
@@ -67,15 +70,16 @@ class KBFGS(LayerWise):
 
     Raises
     ------
-    InputError: an option out of range, nothing to train, ``step()`` without a closure. NonFiniteError, from ``step``: NaN or
+    InputError: an option out of range, nothing to train, ``step()`` without a closure where it needs one. NonFiniteError, from ``step``: NaN or
     infinity in a gradient (named) or in the statistics; parameters and state stay as they were.
 
     Notes
     -----
     Source: arXiv 2006.08877, github.com/renyiryry/kbfgs_neurips2020_public, true labels. lr and λ are our choice. For convolutions means
-    are over examples and positions, as those of KFAC's factors. The closure runs twice per update: the second time with the random numbers of
-    the first (dropout is as it was), and leaves its gradients in ``.grad``; statistics of BatchNorm are updated twice. Cost: one more
-    gradient evaluation, 2 M T d_i² operations, 2 d_i² + d_o² floats per layer.
+    are over examples and positions, as those of KFAC's factors. Each update takes a second forward and backward pass on the same batch, with
+    the random numbers of the first (dropout is as it was); statistics of BatchNorm are updated twice. ``step(closure)`` calls the closure
+    twice, whose second gradients stay in ``.grad``. ``step()`` makes the model's own passes again: the gradient at the new outputs is the
+    old one plus the change of the likelihood's, in which the labels drop out. Cost beside that: 2 M T d_i² operations, 2 d_i² + d_o² floats.
 
     Examples
     --------
@@ -83,13 +87,12 @@ class KBFGS(LayerWise):
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     >>> x, y = torch.randn(32, 4), torch.arange(32) % 3
     >>> opt = KBFGS(model, lr=0.1)
-    >>> def closure():
-    ...     opt.zero_grad()
+    >>> for _ in range(40):
     ...     loss = nn.functional.cross_entropy(model(x), y)
+    ...     opt.zero_grad()
     ...     loss.backward()
-    ...     return loss
-    >>> losses = [opt.step(closure) for _ in range(40)]
-    >>> bool(losses[-1] < 1.0), opt.diagnostics["skipped"]
+    ...     opt.step()
+    >>> bool(loss < 1.0), opt.diagnostics["skipped"]
     (True, 0)
     """
 
@@ -117,6 +120,8 @@ class KBFGS(LayerWise):
             choice("preset", preset, ("paper",))
         self.memory = None if memory is None else whole("memory", memory)
         self._sums: dict[str, Sums] = {}
+        self._numbers: list[int] = []  # of the passes since the last step
+        self._replay: Any = None
         self._before: dict[str, tuple[Tensor, Tensor]] = {}
         options = {"lr": lr, "damping": damping, "ema": ema, "momentum": momentum}
         options |= {"weight_decay": weight_decay, "kl_clip": kl_clip}
@@ -124,6 +129,7 @@ class KBFGS(LayerWise):
             raise InputError(texts.LOSS_LABELS.format(name=type(self).__name__))
         shared = {"likelihood": likelihood, "labels": labels, "reduction": reduction, "refresh": refresh, "seed": seed}
         super().__init__(model, options, **shared)
+        self._replay = Replay(model, self._tap, self.likelihood)
         self.diagnostics["skipped"] = 0
 
     def _made(self) -> dict[str, Any]:
@@ -140,13 +146,16 @@ class KBFGS(LayerWise):
         return made
 
     def _absorb(self, one: Pass, examples: int) -> None:
+        self._numbers.append(next(iter(one.calls.values()))[0].number)
         for layer, calls in self._layers(one):
             for a, g in positions(layer, calls, self._parameters[0].dtype, self._workspace):
                 found = Sums.of(a, g)
                 self._sums[layer.name] = self._sums[layer.name] + found if layer.name in self._sums else found
 
     def _drop(self) -> None:
-        self._sums = {}
+        self._sums, self._numbers = {}, []
+        if self._replay is not None:
+            self._replay.clear()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -156,20 +165,22 @@ class KBFGS(LayerWise):
         ----------
         closure
             Clears the gradients, computes the loss of one batch, calls ``backward`` and returns the loss. Called before the step and,
-            where the statistics are due, once more after it, on the same batch. The loss of the first call is returned.
+            where the statistics are due, once more after it, on the same batch. The loss of the first call is returned. Without one,
+            the model's forward passes since the last step are made once more.
         """
-        if closure is None:
-            raise InputError(texts.NO_CLOSURE.format(name=self.name))
         due, device = self._due, self._parameters[0].device
-        before = random_states(device)
+        before, runs = random_states(device), self._kept_runs() if closure is None and due else []
         loss = super().step(closure)
         if due:
             after = random_states(device)
             self._tap.listening = True
             try:
-                set_random_states(before, device)
-                with torch.enable_grad():
-                    closure()
+                if closure is None:
+                    self._replay.again(runs, mean=self.reduction == "mean")
+                else:
+                    set_random_states(before, device)
+                    with torch.enable_grad():
+                        closure()
                 self._tap.flush()
                 self._learn()
             finally:
@@ -177,6 +188,16 @@ class KBFGS(LayerWise):
                 self._clear()
                 self._schedule()
         return loss
+
+    def _kept_runs(self) -> list[Run]:
+        """The forward passes of the coming step, all of which must be there to be made again."""
+        self._tap.flush()
+        runs = [self._replay.runs.get(number) for number in self._numbers]
+        if any(run is None for run in runs):
+            raise InputError(texts.NO_CLOSURE.format(name=self.name))
+        if not all(self._replay.unmodified(run) for run in runs):
+            raise InputError(texts.WRITTEN_OVER.format(layer="(the model)"))
+        return runs
 
     def _means(self, layer: LayerInfo, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean input ā (B, d_i, 1), mean pre-activation W ā + b and the mean score there, both (B, d_o, 1)."""

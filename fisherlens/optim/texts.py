@@ -98,8 +98,9 @@ WEIGHTED_WARM = (
     "the likelihood without weights."
 )
 NO_CLOSURE = (
-    "{name}.step() needs a closure, because it looks at the same batch again after the step: opt.step(closure), where closure() calls "
-    "opt.zero_grad(), computes the loss, calls loss.backward() and returns the loss."
+    "{name}.step() needs a closure here, because it looks at the same batch again after the step, and cannot do so by itself: the loss is "
+    "no mean of an unweighted categorical, Bernoulli or Gaussian likelihood, or came from a part of the model. Use opt.step(closure), "
+    "where closure() calls opt.zero_grad(), computes the loss, calls loss.backward() and returns the loss."
 )
 NEEDS_CLOSURE = (
     "{name} with adapt_damping=True compares the loss before and after a step, so it needs step(closure); got step(). Put "
