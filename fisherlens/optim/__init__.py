@@ -15,6 +15,10 @@
   Fisher's own scale, Σ u uᵀ / W over the W terms of the mean, whatever the loss.
 - *Training mode* is accepted: dropout is as it was in the forward pass, and the batch statistics of BatchNorm count as constants in the
   gradients of the examples.
+- *Mean gradients*: MBF, TNT and Shampoo look at the mean gradient of the batch alone, whose outer product is M times smaller than that
+  of the scores of M examples; so are the damping and the learning rate that belong to it. ``warm_start(batches)`` of MBF and TNT fills
+  their averages before the first step.
+- *Periods*: statistics are taken in every ``refresh`` steps, and inverses, roots or bases made of them every ``inverse_refresh`` steps.
 - *Parameters without statistics* (embeddings, recurrent layers, tensors of one's own modules or tied between modules) move along
   ḡ / (1 + damping), announced once by a NumericalWarning; a method whose source has another rule (TENGraD: ḡ) follows that.
 - *Failures*: a gradient with NaN or infinity is refused with the name of its parameter, parameters and state unchanged. A block that is
