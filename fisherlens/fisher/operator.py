@@ -76,7 +76,7 @@ class Fisher:
         Seeds generators of its own for the labels; global random state is neither read nor changed.
     memory
         Budget for what is kept, bytes or text; decides per layer between factors and explicit rows (see :attr:`plan`). Beside it, a pass
-        over the data holds ``plan.transient_nbytes``, at most about 192 MiB however small the budget is.
+        over the data holds ``plan.transient_nbytes``: at most about 192 MiB however small the budget is, or a few vectors of all parameters where that is more.
     progress
         Show a bar while capturing; None for "if standard error is a terminal".
     check_deterministic

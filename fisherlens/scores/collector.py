@@ -92,7 +92,7 @@ class Collector:
         observed = bound.num_terms if rows == "term" else 1
         self.r = {"exact": bound.num_columns, "mc": mc_samples, "empirical": observed}[kind]
         self.rank_per_term, self.output_shape = likelihood.rank_per_term(outputs.shape), outputs.shape[1:]
-        self.graph_bytes = recorder.graph_bytes(sample)
+        self.graph_bytes = self.pass_bytes = recorder.graph_bytes(sample)
         self._num_uniforms, self._sample_size = bound.num_uniforms, sample.size
         layout = recorder.layout
         maps = {name: flattened_map(u[0]) for name, u in self.uses.items() if u and layout.layer(name).kind == "dense"}
@@ -128,16 +128,13 @@ class Collector:
         if self.plan.kept:
             # the mean gradient and that of the witness are summed in float64, from a gradient and a product in the dtype of the scores
             self.plan.transient_nbytes = min(step, n) * per_example + 2 * (8 + size) * p
+        elif self.plan.linearised:
+            # vectors of a product; those of its graph are kept (measured on five networks, as all that follows)
+            self.plan.transient_nbytes = 12 * size * p
         else:
-            # a product of one vector holds the parameters, frozen and flat, and gradient, question, tangents, gradients and answer, and
-            # the float64 sum of several pieces; a kept graph of the gradient as many again (measured on five networks)
-            piece = min(self.linear_step(1), n)
-            vectors = (
-                12 * size if self.plan.linearised else 7 * size + (24 if piece < self.plan.n_data and size < 8 else 0)
-            )
-            self.plan.transient_nbytes = (
-                0 if self.plan.linearised else int(2.5 * piece * self.graph_bytes)
-            ) + vectors * p
+            # the first pass sums gradients of two kinds in float64, and a product holds twice what its pass over a piece does, for a while
+            piece = min(self.linear_step(1), n) * self.pass_bytes
+            self.plan.transient_nbytes = int(max(piece + (6 * size + 34) * p, 1.85 * piece + 5 * size * p))
         return step
 
     def _buffer_bytes(self) -> int:
@@ -166,7 +163,9 @@ class Collector:
 
     def linear_step(self, vectors: int) -> int:
         """Examples per piece where no scores are collected: the graph, and as many derivatives as there are vectors."""
-        return max(1, min(4096, _LINEAR // max(1, self.graph_bytes * (2 + vectors))))
+        # a piece may take as much as the vectors themselves: with few examples each, passing over the parameters would be all the work
+        share = max(_LINEAR, 4 * vectors * self.layout.n_params * self.like.dtype.itemsize)
+        return max(1, min(4096, share // max(1, self.graph_bytes * (2 + vectors))))
 
     def pieces(self, source: Source, seed: int, step: int | None = None) -> Iterator[Piece]:
         """The data in pieces of ``step`` examples; the labels' uniform numbers are the same in every pass and for every split into batches."""

@@ -304,8 +304,10 @@ class LossCurvature:
             for entry in work
         ]
         plan = Plan(entries, self.n_data, 0, self.budget)
-        # vectors of a product's two passes beside the graph, in the network's dtype and summed in float64 (measured on five networks)
-        plan.transient_nbytes = (14 * self.dtype.itemsize + 32) * self.layout.n_params
+        # vectors of a product's two passes, in the network's dtype and summed in float64, or while it runs nearly as much as the graph once
+        # more (measured on five networks)
+        size, p = self.dtype.itemsize, self.layout.n_params
+        plan.transient_nbytes = int(max((14 * size + 32) * p, 5 * size * p + 0.9 * plan.nbytes))
         return plan
 
     def _graph_bytes(self, batch: Batch, at: slice) -> int:

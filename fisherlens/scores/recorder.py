@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -142,10 +142,13 @@ class Recorder:
             outputs = functional_call(self._caller, inner, (batch.inputs,))
         return outputs.float() if outputs.dtype in LOW_PRECISION else outputs
 
-    def graph_bytes(self, batch: Batch) -> int:
-        """Bytes per example that the graph of a forward pass holds, beside parameters and inputs."""
+    def graph_bytes(
+        self, batch: Batch, run: Callable[[dict[str, Tensor]], Any] | None = None, known: Iterable[Tensor] = ()
+    ) -> int:
+        """Bytes per example that the graph of a forward pass, or of what ``run`` makes of the leaves, holds beside known tensors."""
         leaves = self.leaves()
-        known = {x.untyped_storage().data_ptr() for x in (*leaves.values(), *tensors_of(batch.inputs))}
+        run = run or (lambda values: self.outputs_with_graph(batch, values))
+        known = {x.untyped_storage().data_ptr() for x in (*leaves.values(), *tensors_of(batch.inputs), *known)}
         held: dict[int, int] = {}
 
         def note(x: Tensor) -> Tensor:
@@ -154,8 +157,8 @@ class Recorder:
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-            outputs = self.outputs_with_graph(batch, leaves)
-            del outputs
+            made = run(leaves)
+            del made
         return sum(held.values()) // batch.size
 
     def outputs_with_graph(self, batch: Batch, leaves: Mapping[str, Tensor]) -> Tensor:

@@ -30,7 +30,10 @@ def settle_products(
     """The plan of scores that are not kept, and how their products are taken, after a test on a few examples."""
     if plan.linearised and not linearises(collector.recorder, sample, keep=True):
         plan = make_plan(collector.layout.layers, collector.uses, replace(sizes, graph_bytes=2**62), budget)
-    if not plan.streamed or linearises(collector.recorder, sample, keep=False):
+    if not plan.streamed:
+        return plan, StreamedMatrix
+    if linearises(collector.recorder, sample, keep=False):
+        collector.pass_bytes = _pass_bytes(collector.recorder, sample)
         return plan, StreamedMatrix
     why = "; collected in each product, as a derivative along a direction does not exist or is not that of the gradient"
     share = (3 + sizes.n_columns) / 3  # of a gradient: one forward and R + 2 backward passes of half its cost each
@@ -38,6 +41,16 @@ def settle_products(
         replace(entry, product_flops=entry.gradient_flops * share, reason=entry.reason + why) for entry in plan.layers
     ]
     return Plan(entries, plan.n_data, plan.n_columns, plan.budget, plan.scores_nbytes), CollectedMatrix
+
+
+def _pass_bytes(recorder: Recorder, sample: Batch) -> int:
+    """Bytes per example that a pass in forward mode holds, with the derivatives along one vector."""
+    tangents = {name: torch.zeros_like(leaf)[None] for name, leaf in recorder.leaves().items()}
+
+    def run(leaves: dict[str, Tensor]) -> tuple[Graph, Tensor]:
+        return forward_derivatives(lambda values: recorder.outputs_with_graph(sample, values), leaves, tangents)
+
+    return recorder.graph_bytes(sample, run, tangents.values())
 
 
 def linearises(recorder: Recorder, sample: Batch, *, keep: bool) -> bool:

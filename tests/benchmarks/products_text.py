@@ -129,7 +129,7 @@ def _captures(found: dict[str, Any]) -> list[str]:
         contestant = found["contestants"].get(label, {})
         if "capture" not in contestant:
             continue
-        built = contestant["peaks"].get("1", {}).get("built")
+        peak = contestant["peaks"].get("1", {}).get("peak")
         predicted = contestant["predicted_peak"]
         memory = contestant["memory"]
         rows.append(
@@ -138,8 +138,8 @@ def _captures(found: dict[str, Any]) -> list[str]:
                 memory if isinstance(memory, str) else f"{memory / 2**20:.1f} MiB",
                 ", ".join(f"{count} {path}" for path, count in contestant["paths"].items()),
                 number(contestant["capture"]),
-                *(megabytes(contestant["held"]), megabytes(predicted), megabytes(built)),
-                number(built / predicted) if built is not None and predicted else "-",
+                *(megabytes(contestant["held"]), megabytes(predicted), megabytes(peak)),
+                number(peak / predicted) if peak is not None and predicted else "-",
             ]
         )
     head = ["ours", "memory=", "layers", "capture", "held", "predicted peak", "measured peak", "measured / predicted"]
