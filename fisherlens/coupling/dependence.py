@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisherlens import errors
 from fisherlens.coupling.pairs import DIMS, block_coords, check_counts, p_values, require_room
-from fisherlens.coupling.permutations import Tested, kept_examples, permutation_test, sample_grams
+from fisherlens.coupling.permutations import PairwiseTest, kept_examples, permutation_test, sample_grams
 from fisherlens.coupling.tiles import inner_products
 from fisherlens.errors import InputError, MemoryBudgetError, readable_bytes
 from fisherlens.fisher import Fisher, require_fisher
@@ -142,7 +142,7 @@ def dependence(
         np.fill_diagonal(found, _changes(centred, num, n, F.memory))
     else:
         nothing = np.full((num, num), np.nan)
-        tested = Tested(nothing, nothing, nothing, nothing)
+        tested = PairwiseTest(nothing, nothing, nothing, nothing)
         found = _cosines(centred, num, n, F.memory).cpu().numpy()
     variables: dict[str, Any] = {
         "dependence": (DIMS, found, {"long_name": _NAMES[measure], "units": "1"}),

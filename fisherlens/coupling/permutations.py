@@ -21,7 +21,7 @@ _ROOM = 2**29
 
 
 @dataclass(frozen=True)
-class Tested:
+class PairwiseTest:
     """Per pair of blocks, ``(B, B)``, NaN on the diagonal: ``observed`` statistic, ``p_value``, ``p_adjusted``, ``q_value``."""
 
     observed: np.ndarray
@@ -60,7 +60,7 @@ def permutation_test(
     seed: int,
     memory: int,
     bar: bool | None,
-) -> Tested:
+) -> PairwiseTest:
     """Test every pair of B symmetric matrices over n examples: statistic ⟨A_i, A_j⟩/(‖A_i‖‖A_j‖), null ⟨A_i, Π A_j Πᵀ⟩.
 
     All pairs share each permutation Π. ``p_value`` = (1 + #{null ≥ observed})/(1 + num_null); ``p_adjusted`` compares with the largest
@@ -117,7 +117,7 @@ def permutation_test(
     q_value[upper] = benjamini_hochberg(raw[upper])
     for values in (observed, raw, adjusted, q_value):
         values.T[upper] = values[upper]
-    return Tested(observed, raw, adjusted, q_value)
+    return PairwiseTest(observed, raw, adjusted, q_value)
 
 
 class _Packed:
