@@ -16,7 +16,7 @@ from fisherlens.optim import texts
 from fisherlens.optim.base import choice
 from fisherlens.optim.factors import LayerWise, matrix_of, matrix_shape, positions, whole, write_matrix
 from fisherlens.optim.replay import Replay, Run
-from fisherlens.optim.secant import Secants, Sums, bfgs, by_pairs, powell_damped, random_states, set_random_states
+from fisherlens.optim.secant import Secants, Sums, bfgs, random_states, set_random_states
 from fisherlens.optim.tap import Pass
 
 
@@ -226,7 +226,7 @@ class KBFGS(LayerWise):
         for layer in layers:
             record = self._record_of(layer)
             if record.steps:  # else the rule for parameters without statistics stands
-                write_matrix(layer, self._apply(record, matrix_of(layer, gradient) @ record.H_a), out)
+                write_matrix(layer, record.apply(matrix_of(layer, gradient) @ record.H_a), out)
 
     def _renew(self, record: Secants, A: Tensor, a: Tensor, options: Mapping[str, Any]) -> None:
         """Average A, and update H_A by the pair of the mean input."""
@@ -242,12 +242,6 @@ class KBFGS(LayerWise):
             self.diagnostics["skipped"] += int((~used).sum())
         record.steps += 1
 
-    def _apply(self, record: Secants, x: Tensor) -> Tensor:
-        """H_G x."""
-        if self.memory is None:
-            return record.H_g @ x
-        return by_pairs(record.S[-record.pairs :], record.Y[-record.pairs :], x) if record.pairs else x
-
     def _learn(self) -> None:
         """Update H_G by what the step did to the mean pre-activations and their scores."""
         options = self.param_groups[0]
@@ -259,17 +253,7 @@ class KBFGS(LayerWise):
             record, (h, score) = self._record_of(layer), self._before[layer.name]
             _, h_new, score_new = self._means(layer, theta)
             change = h_new - h, score_new - score
-            if not all(torch.isfinite(x).all() for x in change):
-                self.diagnostics["skipped"] += 1
-                continue
-            record.s = rho * record.s + (1 - rho) * change[0]
-            record.y = rho * record.y + (1 - rho) * change[1]
-            s, y = powell_damped(record.s, record.y, self._apply(record, record.y), epsilon)
-            if self.memory is None:
-                record.H_g, used = bfgs(record.H_g, s, y)
+            if all(torch.isfinite(x).all() for x in change):
+                self.diagnostics["skipped"] += record.learn(*change, rho, epsilon)
             else:
-                used = ((s * y).sum(1) > 0).all()[None]
-                if used.all():
-                    record.S, record.Y = torch.cat([record.S[1:], s[None]]), torch.cat([record.Y[1:], y[None]])
-                    record.pairs = min(record.pairs + 1, self.memory)
-            self.diagnostics["skipped"] += int((~used).sum())
+                self.diagnostics["skipped"] += 1

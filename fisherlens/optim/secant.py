@@ -25,6 +25,25 @@ class Secants(Averages):
     steps: int = 0
     pairs: int = 0
 
+    def apply(self, x: Tensor) -> Tensor:
+        """H_G x, by the matrix or by the pairs."""
+        if not len(self.S):
+            return self.H_g @ x
+        return by_pairs(self.S[-self.pairs :], self.Y[-self.pairs :], x) if self.pairs else x
+
+    def learn(self, s: Tensor, y: Tensor, rho: float, epsilon: float) -> int:
+        """Update H_G by the changes of a mean pre-activation and of its score; how many blocks could not use them."""
+        self.s, self.y = rho * self.s + (1 - rho) * s, rho * self.y + (1 - rho) * y
+        s, y = powell_damped(self.s, self.y, self.apply(self.y), epsilon)
+        if not len(self.S):
+            self.H_g, used = bfgs(self.H_g, s, y)
+            return int((~used).sum())
+        if not ((s * y).sum(1) > 0).all():
+            return 1
+        self.S, self.Y = torch.cat([self.S[1:], s[None]]), torch.cat([self.Y[1:], y[None]])
+        self.pairs = min(self.pairs + 1, len(self.S))
+        return 0
+
 
 @dataclass(eq=False)
 class Sums:
