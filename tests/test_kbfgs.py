@@ -15,7 +15,7 @@ from fisherlens.optim.kbfgs import KBFGS
 from fisherlens.optim.secant import bfgs, by_pairs, powell_damped
 from fisherlens.reference import optim_kronecker as slow
 from fisherlens.reference.kronecker import kronecker_block
-from fisherlens.training import problem
+from fisherlens.training import problem, train
 
 PLACES = {("flattened", "0"): 9, ("strided", "0"): 9, ("groups", "0"): 25, ("groups", "2"): 16}
 PLACES |= {("1d", "0"): 4, ("shared", "conv"): 50, ("shared", "dense"): 2, ("tokens", "mix"): 3, ("tokens", "out"): 3}
@@ -378,13 +378,7 @@ def test_wrong_options_are_refused(options, error, text):
 
 def test_it_learns_the_digits():
     digits = problem("digits-cnn")
-    model = digits.model(0)
-    opt = KBFGS(model)
-    x, y = digits.train
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(60):
-        batch = torch.randint(0, len(x), (64,), generator=generator)
-        opt.step(closure_of(opt, model, x[batch], y[batch]))
-    with torch.no_grad():
-        accuracy = (model(digits.test[0]).argmax(1) == digits.test[1]).double().mean()
-    assert accuracy > 0.75
+    record = train(digits.model(0), digits, KBFGS, num_steps=60, record_every=30)
+    loss = record.train_loss.values.squeeze()
+    assert (loss[1:] < loss[:-1]).all()
+    assert record.test_accuracy.values.squeeze()[-1] > 0.75
