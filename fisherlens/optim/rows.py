@@ -16,7 +16,6 @@ from fisherlens.linalg.dense import self_gram
 from fisherlens.optim import texts
 from fisherlens.optim.moments import ROWS_BYTES, bytes_per_example, layer_scores
 from fisherlens.optim.tap import Call, Pass
-from fisherlens.optim.units import homogeneous
 from fisherlens.scores.base import CHUNK_BYTES, LayerScores
 from fisherlens.scores.conv import ConvGeometry, ConvScores
 from fisherlens.scores.dense import DenseScores
@@ -249,15 +248,9 @@ def kernel(scores: LayerScores, path: str = "auto") -> Tensor:
 
 
 def _dense_kernel(scores: DenseScores, path: str) -> Tensor:
-    """Kernel of a dense layer with several positions: by positions, or from the rows of some units at a time."""
-    a, g = homogeneous(scores), scores.g[:, 0]  # (n, t, s), (n, t, d_o)
-    if _cheaper_by_positions(scores.n, scores.t, scores.d_i, scores.d_o, path):
-        return position_kernel(a, g)
-    out = torch.zeros(scores.n, scores.n, dtype=scores.dtype, device=scores.device)
-    step = max(1, CHUNK_BYTES // (scores.n * a.shape[2] * a.itemsize))
-    for units in g.split(step, dim=2):
-        out += self_gram(torch.bmm(units.mT, a).flatten(1))
-    return out
+    """Kernel of a dense layer with several positions."""
+    positions = _cheaper_by_positions(scores.n, scores.t, scores.d_i, scores.d_o, path)
+    return scores.gram_by_positions() if positions else scores.gram_by_units()
 
 
 def _conv_kernel(parts: Sequence[ConvScores], path: str) -> Tensor:

@@ -133,12 +133,33 @@ class DenseScores(LayerScores):
         return gram
 
     def _position_gram(self) -> Tensor:
-        """Σ_tp (a_nt·a_qp)(g_nrt·g_qsp) in tiles of examples, or explicit columns where that is cheaper."""
+        """By positions, or from explicit rows of some units where that is cheaper."""
         n, r, t, d_o, d_i = self.n, self.r, self.t, self.d_o, self.d_i
         by_factors = n * n * t * t * (d_i + r * r * (d_o + 1))
-        by_columns = n * r * t * d_i * d_o + n * n * r * r * d_i * d_o
-        if by_columns < by_factors:
-            return super().gram()
+        by_rows = n * r * t * d_i * d_o + n * n * r * r * d_i * d_o
+        return self.gram_by_units() if by_rows < by_factors else self.gram_by_positions()
+
+    def _unit_rows(self) -> Iterator[tuple[slice, Tensor]]:
+        """Explicit rows of some units at a time, ``(rows, units, d_i + 1)``: their weights, then the bias, as far as they were selected."""
+        a = self.a if self.layer.weight else self.a[..., :0]
+        if self.layer.bias:
+            a = torch.cat([a, a.new_ones(self.n, self.t, 1)], dim=2)
+        step = max(1, CHUNK_BYTES // max(1, self.rows * a.shape[2] * a.itemsize))
+        for start in range(0, self.d_o, step):
+            units = slice(start, min(start + step, self.d_o))
+            signals = self.g[..., units].transpose(2, 3).reshape(self.n, -1, self.t)
+            yield units, torch.bmm(signals, a).view(self.rows, units.stop - units.start, a.shape[2])
+
+    def gram_by_units(self) -> Tensor:
+        """U_l U_lᵀ, ``(rows, rows)``, from the rows of some units at a time."""
+        out = torch.zeros(self.rows, self.rows, dtype=self.dtype, device=self.device)
+        for _, rows in self._unit_rows():
+            out += self_gram(rows.flatten(1))
+        return out
+
+    def gram_by_positions(self) -> Tensor:
+        """U_l U_lᵀ, ``(rows, rows)``, as Σ_tp (a_nt·a_qp)(g_nrt·g_qsp) in tiles of examples."""
+        n, r, t, d_o, d_i = self.n, self.r, self.t, self.d_o, self.d_i
         out = self.g.new_empty(n, r, n, r)
         step = max(1, CHUNK_BYTES // max(1, n * r * r * t * t * self.g.itemsize))
         g_all = self.g.reshape(n * r * t, d_o)
@@ -157,7 +178,7 @@ class DenseScores(LayerScores):
 
     def _diagonal(self) -> Tensor:
         if self.t > 1:
-            return super()._diagonal()
+            return self._unit_diagonal()
         square = self.g[:, :, 0].square().sum(1)  # (n, d_o)
         pieces = []
         if self.layer.weight:
@@ -165,6 +186,11 @@ class DenseScores(LayerScores):
         if self.layer.bias:
             pieces.append(square.sum(0))
         return torch.cat(pieces)
+
+    def _unit_diagonal(self) -> Tensor:
+        squares = torch.cat([rows.square().sum(0) for _, rows in self._unit_rows()])  # (d_o, d_i + 1)
+        weight, bias = squares.split([self.n_weight // self.d_o, squares.shape[1] - self.n_weight // self.d_o], dim=1)
+        return torch.cat([weight.reshape(-1), bias.reshape(-1)])
 
     def trace(self) -> Tensor:
         if self.t > 1:
