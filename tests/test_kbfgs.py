@@ -378,7 +378,7 @@ def test_wrong_options_are_refused(options, error, text):
 
 def test_it_learns_the_digits():
     digits = problem("digits-cnn")
-    record = train(digits.model(0), digits, KBFGS, num_steps=60, record_every=30)
+    record = train(digits.model(0), digits, KBFGS, num_steps=40, record_every=20)
     loss = record.train_loss.values.squeeze()
     assert (loss[1:] < loss[:-1]).all()
-    assert record.test_accuracy.values.squeeze()[-1] > 0.75
+    assert record.test_accuracy.values.squeeze()[-1] > 0.7

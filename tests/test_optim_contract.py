@@ -135,8 +135,9 @@ def test_what_happens_in_between_changes_nothing(name):
     assert torch.equal(*results)
 
 
-def test_models_can_be_copied_and_hooks_go_with_the_optimizer(build):
-    model = network()
+@pytest.mark.parametrize("name", ["mbf", "projected", "k-bfgs"])
+def test_models_can_be_copied_and_hooks_go_with_the_optimizer(name):
+    model, build = network(), METHODS[name]
     opt = build(model)
     step(opt, model, data())
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301

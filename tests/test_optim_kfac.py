@@ -336,7 +336,7 @@ def test_states_of_each_other_are_refused():
 @pytest.mark.parametrize("build", [KFAC, EKFAC])
 def test_it_learns_the_digits(build):
     digits = problem("digits-cnn")
-    record = train(digits.model(0), digits, lambda model: build(model), num_steps=60, record_every=30)
+    record = train(digits.model(0), digits, lambda model: build(model), num_steps=40, record_every=20)
     loss = record.train_loss.values.squeeze()
     assert (loss[1:] < loss[:-1]).all()
-    assert record.test_accuracy.values.squeeze()[-1] > 0.85
+    assert record.test_accuracy.values.squeeze()[-1] > 0.7

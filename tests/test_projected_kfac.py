@@ -315,10 +315,10 @@ def test_twenty_thousand_updates_in_single_precision_stay_true(seed, dead):
 
 def test_it_learns_the_digits():
     digits = problem("digits-cnn")
-    record = train(digits.model(0), digits, lambda model: ProjectedKFAC(model), num_steps=60, record_every=30)
+    record = train(digits.model(0), digits, lambda model: ProjectedKFAC(model), num_steps=40, record_every=20)
     loss = record.train_loss.values.squeeze()
     assert (loss[1:] < loss[:-1]).all()
-    assert record.test_accuracy.values.squeeze()[-1] > 0.85
+    assert record.test_accuracy.values.squeeze()[-1] > 0.7
 
 
 def test_layers_without_factors_are_announced():

@@ -76,7 +76,7 @@ class EKFAC(LayerWise):
     refresh, inverse_refresh
         Steps from one update of s to the next, and from one change of the bases to the next, at a step that updates s.
     kl_clip
-        κ: the direction of Linear and convolution layers is multiplied by ν = min(1, √(κ / (lr² ⟨u, ḡ⟩))). None clips nothing.
+        κ: the direction of Linear and convolution layers is multiplied by ν = min(1, √(κ / (lr² ⟨u, ḡ⟩))). None clips nothing; 1e-2 is TENGraD's.
     preset
         None or ``"paper"``, which agree.
 

@@ -83,7 +83,7 @@ class KFAC(LayerWise):
         Steps from one update of the factors, and of what is made of them, to the next. A changed damping reaches the factored
         form at the next one.
     kl_clip
-        κ: the direction of Linear and convolution layers is multiplied by ν = min(1, √(κ / (lr² ⟨u, ḡ⟩))). None clips nothing.
+        κ: the direction of Linear and convolution layers is multiplied by ν = min(1, √(κ / (lr² ⟨u, ḡ⟩))). None clips nothing; 1e-2 is TENGraD's.
     preset
         None, or ``"paper"``, which sets ``damping_form="factored"``. The exact form is our default, so that F̂ + λI is what is inverted.
 

@@ -70,7 +70,7 @@ class ProjectedKFAC(LayerWise):
     refresh, inverse_refresh
         Steps from one update of the inverses to the next; T_P, from one change of the bases to the next, at a step that updates.
     kl_clip
-        κ: the direction of Linear and convolution layers is multiplied by ν = min(1, √(κ / (lr² ⟨u, ḡ⟩))). None clips nothing.
+        κ: the direction of Linear and convolution layers is multiplied by ν = min(1, √(κ / (lr² ⟨u, ḡ⟩))). None clips nothing; 1e-2 is TENGraD's.
     rescale
         True gives the direction of each layer the length of its gradient.
     preset
