@@ -26,8 +26,8 @@ class TNT(WarmStarted):
         U_i = \frac{H_i}{c^{k-1} \prod_{j \ne i} n_j}, \qquad
         u = \bar G \times_1 (U_1 + \lambda^{1/k} I)^{-1} \cdots \times_k (U_k + \lambda^{1/k} I)^{-1},
 
-    so that c is the mean eigenvalue of all U_i, and λ is shared among them evenly. A bias, k = 1, has U = H, and u = (H + λI)⁻¹ ḡ. Other parameters: ḡ / (1 + λ), announced
-    once.
+    so that c is the mean eigenvalue of all U_i, and λ is shared among them evenly. A bias, k = 1, has U = H, and u = (H + λI)⁻¹ ḡ.
+    Other parameters: ḡ / (1 + λ), announced once.
 
     Parameters
     ----------
