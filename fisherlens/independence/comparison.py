@@ -15,6 +15,7 @@ from fisherlens.independence.segmentations import FIXED as PARTITION_FIXED
 from fisherlens.independence.standin import StandIn, squared_norm_of_blocks
 from fisherlens.independence.table import Table
 from fisherlens.independence.target import Target
+from fisherlens.linalg.pencil import DENSE_ORDER
 from fisherlens.partitions import Partition
 from fisherlens.spectrum import WHOLE
 
@@ -164,7 +165,7 @@ def _made(F: Fisher, name: Any, entry: Any) -> Any:
         return entry
     if isinstance(entry, str | Partition | Mapping):
         try:
-            return BlockDiagonal(F, entry)
+            return _for_many_solves(BlockDiagonal(F, entry))
         except MemoryBudgetError as error:
             return error
     made = entry(F) if callable(entry) else entry
@@ -200,7 +201,7 @@ class _Compared:
         if isinstance(one, MemoryBudgetError) or layer == WHOLE:
             return (None, "") if isinstance(one, MemoryBudgetError) else (one, "")
         try:
-            return one.on_layer(layer), ""
+            return _for_many_solves(one.on_layer(layer)), ""
         except (NotImplementedError, UnsupportedModuleError, InputError, MemoryBudgetError) as error:
             return None, str(error) or type(error).__name__
 
@@ -223,6 +224,13 @@ class _Compared:
         if exact:
             put(row, place, energy(target, own.sizes, inside()))
         return StandIn(name, part, own.sizes, exact_blocks=exact)
+
+
+def _for_many_solves(one: Approximation) -> Approximation:
+    """Blocks that nobody else holds solve by inverses, as Lanczos will ask for many solves."""
+    if isinstance(one, BlockDiagonal) and one.n_params > DENSE_ORDER:
+        one.prefer_inverses()
+    return one
 
 
 class _Once:

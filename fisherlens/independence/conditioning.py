@@ -32,9 +32,7 @@ from fisherlens.linalg.probes import Probes
 # Vectors of a run and of the answers to it that exist at the same time.
 _VECTORS = 12
 # Products with F̂ that prepare the start of the search for μ_min, which lies where F̂ is large and F small (our choice).
-_PREPARED = 2
-# Share of a random vector in every start: with it a start reaches every eigenvector, and little of it leaves the rest undisturbed (our choice).
-_COMPLETE = 0.05
+_PREPARED = 1
 
 
 @dataclass(frozen=True)
@@ -105,13 +103,13 @@ def _starts(target: Target, stand_ins: Sequence[StandIn], damping: float) -> tup
     else:
         rows = Probes(F.scores.rows, F.dtype, F.device, target.options.seed + 1).gaussian(1)
         spread = F.scores.rmatmat(rows)[:, 0]
-    forward = _unit(spread) + _COMPLETE * random
+    forward = _unit(spread) + random
     backward = []
     for stand_in in stand_ins if target.exact else ():
         v = random
         for _ in range(_PREPARED):
             v = _unit(stand_in.product(v[:, None], damping)[:, 0])
-        backward.append(v + _COMPLETE * random)
+        backward.append(v + random)
     return [forward] * len(stand_ins), backward
 
 

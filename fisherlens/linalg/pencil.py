@@ -18,6 +18,10 @@ from fisherlens.errors import NonFiniteError
 
 # Up to this order LAPACK's dense solver is both faster and exact.
 DENSE_ORDER = 256
+# Share of the tolerance that the estimate residual²/gap may take: the gap is an estimate too, and early on too large (our choice).
+_QUADRATIC_SHARE = 0.1
+# Steps in which the error must be small before it is believed: a start that hardly holds the largest eigenvector settles on another first.
+_IN_A_ROW = 3
 PRODUCT, SOLVE = "product", "solve"
 
 
@@ -57,7 +61,7 @@ def lanczos_run(start: Tensor, *, tol: float, max_steps: int, ends: Sequence[str
     start
         A vector ``(n,)``: the run begins with M⁻¹ of it.
     tol
-        Relative; a value is accepted when its residual, or residual²/gap, is below tol · μ in two steps in a row.
+        Relative; a value is accepted when its residual is below tol · μ, or residual²/gap below a tenth of that, in three steps in a row.
     max_steps
         Steps after which what there is comes back unconverged.
     ends
@@ -97,7 +101,7 @@ def lanczos_run(start: Tensor, *, tol: float, max_steps: int, ends: Sequence[str
         found = _ritz(alphas, betas, length, tol, ends)
         good = good + 1 if all(one.converged for one in found) else 0
         exhausted = length <= 1e-3 * tol * min(abs(one.value) for one in found)
-        if exhausted or good >= 2:
+        if exhausted or good >= _IN_A_ROW:
             return found
         betas.append(length)
         previous, beta = p, length
@@ -128,8 +132,8 @@ def _ritz(alphas: list[float], betas: list[float], beta: float, tol: float, ends
         value, residual = float(theta[at]), float(beta * abs(y[-1, at]))
         gap = abs(value - float(theta[beside])) if len(theta) > 1 else 0.0
         squared = residual**2 / gap if gap > residual else math.inf
-        error = min(residual, squared)
-        found.append(Extreme(value, error, len(theta), bool(error <= tol * abs(value))))
+        converged = residual <= tol * abs(value) or squared <= _QUADRATIC_SHARE * tol * abs(value)
+        found.append(Extreme(value, min(residual, squared), len(theta), bool(converged)))
     return found
 
 
