@@ -1,8 +1,9 @@
-"""Write docs/benchmarks.md and its figures from what products.py and scaling.py have measured.
+"""Write docs/benchmarks.md and its figures from what products.py, scaling.py and spectra.py have measured.
 
 python tests/benchmarks/products.py --json products.json
 python tests/benchmarks/scaling.py --json scaling.json
-python tests/benchmarks/write_docs.py --products products.json --scaling scaling.json
+python tests/benchmarks/spectra.py --large --json spectra.json
+python tests/benchmarks/write_docs.py --products products.json --scaling scaling.json --spectra spectra.json
 
 Several files of one kind (a CPU and a GPU, say) become a section each. ``--also`` appends sections that other scripts wrote.
 """
@@ -17,19 +18,21 @@ from typing import Any
 
 import products_text
 import scaling_text
+import spectra_text
 from figures import draw_products, draw_scaling
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 HEAD = """# Benchmarks
 
-What a product with the exact Fisher costs, beside the libraries that offer one and the recipe that plain `torch.func` gives, and how the cost
-grows. Every number and picture on this page was written by the scripts in `tests/benchmarks`, from one run on the machine that each section
+What a product with the exact Fisher costs, beside the libraries that offer one and the recipe that plain `torch.func` gives, how the cost
+grows, and what eigenvalues, traces and densities cost. Every number and picture on this page was written by the scripts in `tests/benchmarks`, from one run on the machine that each section
 names; nothing is edited by hand. To take them again, on a machine that does nothing else:
 
 ```console
 $ python tests/benchmarks/products.py --json products.json
 $ python tests/benchmarks/scaling.py --json scaling.json
-$ python tests/benchmarks/write_docs.py --products products.json --scaling scaling.json
+$ python tests/benchmarks/spectra.py --large --json spectra.json
+$ python tests/benchmarks/write_docs.py --products products.json --scaling scaling.json --spectra spectra.json
 ```
 
 Networks and data are random but of real shapes, with 10 classes; the code is in `tests/benchmarks/networks.py`, that of the contestants in
@@ -37,6 +40,7 @@ Networks and data are random but of real shapes, with 10 classes; the code is in
 _CAPTIONS = {
     "products": "Time of a product per vector, and peak memory, on log axes; lines are quartiles over the rounds, left is better.",
     "scaling": "Median time of a call against one size at a time, on log axes.",
+    "spectra": "Error against time, on log axes: left and low is better.",
 }
 
 
@@ -52,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--products", nargs="+", required=True, help="JSON files of products.py")
     parser.add_argument("--scaling", nargs="+", required=True, help="JSON files of scaling.py")
+    parser.add_argument("--spectra", nargs="*", default=[], help="JSON files of spectra.py")
     parser.add_argument("--also", nargs="*", default=[], help="Markdown files to append")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the pages")
     options = parser.parse_args()
@@ -60,6 +65,7 @@ def main() -> None:
     kinds: list[tuple[str, list[str], Callable[..., str], Callable[..., None]]] = [
         ("products", options.products, products_text.markdown, draw_products),
         ("scaling", options.scaling, scaling_text.markdown, draw_scaling),
+        ("spectra", options.spectra, spectra_text.markdown, spectra_text.draw),
     ]
     for kind, files, text_of, draw in kinds:
         for i, file in enumerate(files):
