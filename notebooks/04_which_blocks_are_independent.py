@@ -90,8 +90,7 @@ pd.DataFrame(
         }
         for scheme, cut in cuts.items()
     }
-).T
-
+).transpose()
 # %% [markdown]
 # From layers to CW-NGD's segments the cost of factoring falls by nearly five powers of ten. That is the attraction. (`mbf` takes the same kernels, but cuts dense layers by *input*.)
 #
