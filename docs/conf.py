@@ -58,7 +58,15 @@ extensions = [
     "house_docstrings",
     "house_mathml",
 ]
-exclude_patterns = ["_build", "_templates", "jupyter_execute", ".jupyter_cache", "**.ipynb_checkpoints"]
+exclude_patterns = [
+    "_build",
+    "_templates",
+    "jupyter_execute",
+    ".jupyter_cache",
+    "**.ipynb_checkpoints",
+    "findings/*.py",
+    "findings/data",
+]
 templates_path = ["_templates"]
 root_doc = "index"
 
@@ -113,4 +121,4 @@ html_theme_options = {
 }
 # Only the reference has pages below it to list at the side.
 PAGES = [path.stem for path in [*HERE.glob("*.md"), *HERE.glob("*.rst")] if path.stem != "reference"]
-html_sidebars = {page: [] for page in [*PAGES, "notebooks/*", "howto/*"]}
+html_sidebars = {page: [] for page in [*PAGES, "notebooks/*", "howto/*", "findings/*"]}

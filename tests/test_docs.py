@@ -14,7 +14,7 @@ import fisherlens as fl
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 REFERENCE = (DOCS / "reference.rst").read_text(encoding="utf-8")
-PAGES = sorted([*DOCS.glob("*.md"), *DOCS.glob("*.rst"), *DOCS.glob("howto/*.md")])
+PAGES = sorted([*DOCS.glob("*.md"), *DOCS.glob("*.rst"), *DOCS.glob("howto/*.md"), *DOCS.glob("findings/*.md")])
 
 _DIRECTIVE = re.compile(r"^\.\. auto(?:exception|data|module):: (?:fisherlens\.)?(\S+)$", re.MULTILINE)
 _SUMMARY = re.compile(r"^\.\. autosummary::\n(?:   :.*\n)+\n((?:   \S+\n)+)", re.MULTILINE)
