@@ -44,8 +44,9 @@ import fisherlens as fl
 from fisherlens import reference
 
 torch.set_num_threads(1)  # small matrices: on a busy machine more threads only wait for each other
-SMOKE = os.environ.get("FISHERLENS_SMOKE") == "1"  # fewer steps and seeds
-TUNE_STEPS, NUM_STEPS, SEEDS = (4, 10, 2) if SMOKE else (40, 50, 3)
+SMOKE = os.environ.get("FISHERLENS_SMOKE") == "1"  # fewer steps, seeds and data
+TUNE_STEPS, NUM_STEPS, SEEDS, NUM_RATES, NUM_TRAIN = (2, 6, 2, 2, 160) if SMOKE else (40, 50, 3, 4, 640)
+PLANE_STEPS = 20 if SMOKE else 60
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "0.55"
 generator = torch.Generator().manual_seed(0)
 
@@ -198,9 +199,8 @@ F_two = fl.Fisher(Two(AWAY), pair, likelihood="gaussian")
 lowest = walk(lambda w: -0.1 * torch.linalg.solve(fisher_at(w), gradient_at(w)), AWAY, 300)[-1]
 
 w1, w2 = np.meshgrid(np.linspace(0.1, 2.6, 90), np.linspace(0.6, 3.6, 90))
-landscape = [
-    [float(loss_at(torch.tensor([a, b]))) for a, b in zip(*row, strict=True)] for row in zip(w1, w2, strict=True)
-]
+curves = w2[..., None] * np.tanh(w1[..., None] * x.numpy())
+landscape = np.square(curves - target.numpy()).mean(-1) / 2
 levels = float(loss_at(lowest)) + np.geomspace(0.003, 3, 11)
 
 
@@ -272,13 +272,15 @@ _ = ax.legend(fontsize=9)
 # ## The methods in the plane
 #
 # Here are the optimizers of `fl.optim`, in the ordinary loop `loss.backward(); opt.step()`, each from the same start. Momentum and clipping are off, to see the direction alone. The black line is the path
-# of the exact $F$; two things can lead away from it:
+# of the exact $F$; three things can lead away from it:
 #
 # - **What is dropped.** With one weight per layer every method below but NGD has a *diagonal* matrix: blocks of a layer and of a unit, and Kronecker products, are all single numbers here. So they leave
 #   the black line where the ellipses above are tilted.
 # - **What is counted, and when.** NGD, TENGraD and both Kronecker methods draw one label per example from the *model*: NGD jitters because each step draws anew. CW-NGD takes the labels of the data. Far from the
 #   solution the errors are large, and so is its matrix; it averages over some hundred steps and remembers that. MBF sees the mean gradient alone. Its matrix $\bar g \bar g^\top$ vanishes at the
 #   solution, where its steps are those of SGD with the learning rate $\eta / \lambda$. FNGD stops looking after ten steps.
+# - **How much it is damped.** TENGraD and FNGD take their sources' $\lambda = 0.1$, which here is more than the curvature along $w_1$; MBF's $\lambda$ is on a scale of its own. The others take $10^{-3}$. So these eight
+#   panels show habits, not ranks.
 #
 # Every step uses all examples, in an order of its own. FNGD needs that shuffling, for reasons that follow below; to the others the order means nothing.
 
@@ -297,7 +299,7 @@ in_the_plane = {
 }
 
 
-def path_of(make, num_steps=60):
+def path_of(make, num_steps=PLANE_STEPS):
     model = Two(AWAY)
     optimizer = make(model)
     points, shuffle = [AWAY], torch.Generator().manual_seed(0)
@@ -493,20 +495,20 @@ race = {
     "FNGD": (3e-3, lambda lr: lambda m: fl.optim.FNGD(m, lr=lr, epoch_steps=10)),
     "projected Kronecker": (0.01, lambda lr: lambda m: fl.optim.ProjectedKFAC(m, lr=lr, rank=16)),
 }
-fewer = fl.problem("digits-cnn", num_train=640, num_test=200)  # ten steps are an epoch
+fewer = fl.problem("digits-cnn", num_train=NUM_TRAIN, num_test=200)  # ten steps are an epoch
 settings = {"batch_size": 64, "progress": False}
 chosen, tried = {}, {}
 for name, (lowest_lr, make) in race.items():
-    rates = [float(f"{lowest_lr * 3**power:.3g}") for power in range(4)]
+    rates = [float(f"{lowest_lr * 3**power:.3g}") for power in range(NUM_RATES)]
     entries = {f"{lr:g}": make(lr) for lr in rates}
     trial = fl.compare_optimizers(
-        fewer, entries, num_steps=TUNE_STEPS, seeds=[100], record_every=TUNE_STEPS // 4, **settings
+        fewer, entries, num_steps=TUNE_STEPS, seeds=[100], record_every=-(-TUNE_STEPS // 4), **settings
     )
     # the mean of the last two records: a single one may be lucky
     losses = trial["train_loss"].isel(seed=0, step=slice(-2, None)).mean("step", skipna=False).values
     tried[name] = [f"{lr:g}: {value:.2g}" for lr, value in zip(rates, losses, strict=True)]
     chosen[name] = rates[int(np.argmin(np.where(np.isfinite(losses), losses, np.inf)))]
-table = pd.DataFrame(tried, index=["rate: loss", "", " ", "  "]).T
+table = pd.DataFrame(tried, index=[f"rate {number}: loss" for number in range(1, NUM_RATES + 1)]).T
 table.assign(chosen=pd.Series(chosen))
 
 # %%
