@@ -89,7 +89,8 @@ numpydoc_validation_checks: set[str] = set()  # tests/test_docs.py compares docs
 # Other projects' inventories would have to be fetched; their names stay plain text.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|numpy|np|xarray|xr|pandas|pd|matplotlib|scipy|nn|collections|pathlib|typing|os|tqdm)\..*"),
-    ("py:(attr|class|meth)", r"plan|LayerPlan|Fisher\.(solve|dense)"),  # said from inside, shown from outside
+    # said from inside, shown from outside
+    ("py:(attr|class|meth)", r"plan|LayerPlan|Fisher\.(solve|dense)|.*\.Listing"),
     ("py:.*", r"(Axes|Tensor|optional|.*\.(Tensor|Axes|Dataset|DataArray|DataTree))"),
 ]
 

@@ -111,7 +111,7 @@ class BlockDiagonal(Approximation):
         return held * self.dtype.itemsize
 
     def prefer_inverses(self) -> None:
-        """Solve by explicit inverses where blocks are kept as matrices; see :class:`MomentBlocks`."""
+        """Solve by explicit inverses where blocks are kept as matrices, which pays where many are asked for."""
         for _, blocks in self._parts:
             if isinstance(blocks, MomentBlocks):
                 blocks.prefer_inverses()

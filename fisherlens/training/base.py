@@ -67,7 +67,7 @@ class Problem:
         ``"test_accuracy"`` (share), each with a number.
     known_fisher
         Where the Fisher on the training data is known in closed form: a function ``model -> (P, P)`` tensor in the order of
-        ``named_parameters()``. :func:`fisherlens.training.synthetic.known_fisher` calls it.
+        ``named_parameters()``. ``fisherlens.training.synthetic.known_fisher`` calls it.
 
     Raises
     ------

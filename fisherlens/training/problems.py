@@ -51,6 +51,14 @@ def problem(
     -------
     A :class:`Problem`. Its tensors are new ones with each call; files are read once per process.
 
+    Raises
+    ------
+    InputError: an unknown name, with the nearest known one; no data folder, or a file that is not in it, with where it comes from; a
+    subset larger than the data. FileFormatError: a wrong checksum; a damaged or cut file, with the place. TypeError: counts that are no
+    int.
+
+    Notes
+    -----
     ============================  ======================  ============================================================
     problems                      inputs, float32         grey levels
     ============================  ======================  ============================================================
@@ -61,25 +69,17 @@ def problem(
     fashion-cnn, -mlp             ``(N, 1, 28, 28)``      in [0, 1], then (x - 0.2860) / 0.3530
     cifar-vgg, -resnet            ``(N, 3, 32, 32)``      in [0, 1], then less (0.4914, 0.4822, 0.4465), over
                                                           (0.2470, 0.2435, 0.2616)
-    linear-gaussian, logistic,    ``(N, 6)``, float64     not images: see :mod:`fisherlens.training.synthetic`
+    linear-gaussian, logistic,    ``(N, 6)``, float64     not images: see ``fisherlens.training.synthetic``
     softmax-regression
     ============================  ======================  ============================================================
 
     Targets are class indices, and the grey levels themselves for autoencoders.
 
-    Raises
-    ------
-    InputError: an unknown name, with the nearest known one; no data folder, or a file that is not in it, with where it comes from; a
-    subset larger than the data. FileFormatError: a wrong checksum; a damaged or cut file, with the place. TypeError: counts that are no
-    int.
-
-    Notes
-    -----
     The digits are those that scikit-learn installs with itself (UCI "Optical Recognition of Handwritten Digits", test part).
     Means and deviations are those of the training images. ``"cifar-resnet"`` is built in training mode and holds batch
     normalisation: a Fisher wants ``model.eval()``; report and analyses of training take an eval-mode copy by themselves. ``"jpeg"`` is
     CIFAR-10 packed as JPEG of quality 75, with loss, and is named so in the description. ``targets`` of a problem are meant
-    for the full data, so that a subset has none. Networks: :mod:`fisherlens.training.networks` says where each comes from.
+    for the full data, so that a subset has none. Networks: ``fisherlens.training.networks`` says where each comes from.
 
     Examples
     --------
