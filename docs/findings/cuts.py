@@ -42,7 +42,13 @@ def contiguous(F: fl.Fisher, rule: str) -> fl.Partition:
 def random(F: fl.Fisher, rule: str, seed: int) -> fl.Partition:
     """The rule's sizes, filled with the parameters of each layer in random order."""
     generator = np.random.default_rng([seed, 1])
-    return _by_layer(F, rule, lambda blocks: _recut(generator.permutation(np.concatenate(blocks)), blocks))
+
+    def change(blocks: list[np.ndarray]) -> list[np.ndarray]:
+        if max(map(len, blocks)) == 1:
+            return blocks
+        return _recut(generator.permutation(np.concatenate(blocks)), blocks)
+
+    return _by_layer(F, rule, change)
 
 
 def _segments(blocks: list[np.ndarray]) -> tuple[list[int], int]:
@@ -82,16 +88,20 @@ def merged(F: fl.Fisher, rule: str = "cw-ngd", *, seed: int | None = None) -> fl
     return _by_layer(F, rule, change)
 
 
+LARGEST = 20_000  # parameters of a network up to which units and inputs get controls too: blocks of thousands are dear
+
+
 def all_cuts(F: fl.Fisher, draws: int, *, full: bool) -> dict[str, fl.Partition]:
-    """Name -> partition. ``full`` adds the controls of the other rules to those of CW-NGD."""
+    """Name -> partition. ``full`` adds rules and controls to those of CW-NGD, in small networks those of units and inputs too."""
+    others = ("unit", "input") if F.n_params <= LARGEST else ()
     rules = RULES if full else ("layer", "unit", "input", "cw-ngd", "mbf", "diagonal")
     cuts = {rule: of_rule(F, rule) for rule in rules}
     cuts[SHIFTED] = shifted(F)
-    for rule in ("cw-ngd", "unit", "input") if full else ("cw-ngd",):
+    for rule in ("cw-ngd", *others) if full else ("cw-ngd",):
         cuts |= {f"{RANDOM.format(rule)} {draw}": random(F, rule, draw) for draw in range(draws)}
     if full:
         cuts[NEIGHBOURS], cuts[SCATTERED] = merged(F), merged(F, seed=0)
-        cuts |= {CONTIGUOUS.format(rule): contiguous(F, rule) for rule in ("cw-ngd", "unit", "input")}
+        cuts |= {CONTIGUOUS.format(rule): contiguous(F, rule) for rule in ("cw-ngd", *others)}
     return cuts
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import claims
 import figures
 from claims import HEAD, Claim
-from cuts import CONTIGUOUS, NEIGHBOURS, RANDOM, SCATTERED, SHIFTED
+from cuts import CONTIGUOUS, LARGEST, NEIGHBOURS, RANDOM, SCATTERED, SHIFTED
 from gather import Network, load, number
 from study import NETWORKS
 
@@ -34,7 +34,8 @@ WORDS = f"""## What is compared
   released (kernels; dense layers by unit and source channel where a small flattened map feeds them, by unit where at most 16 inputs do, else single
   entries); `cw-ngd 2022` (dense by unit); `mbf` (kernels; dense by input) and `mbf A` (dense by unit); `diagonal`.
 - Controls of the same sizes, within each layer: *contiguous*, along the flat parameter vector (for `cw-ngd` these are the segments themselves);
-  *{SHIFTED}* a segment, so that each block holds halves of two neighbours; *random*, means over several draws.
+  *{SHIFTED}* a segment, so that each block holds halves of two neighbours; *random*, means over several draws. Those of `unit` and `input` only in networks of up to
+  {LARGEST:,} parameters; elsewhere chance speaks for them.
 - Twice as large: *{NEIGHBOURS}* (each segment with the next along the weight, mostly of its own unit) and *{SCATTERED}* (with any other of the layer).
 - **Energy captured**: Σ‖F_bb‖²/‖F‖², with the level of chance, its expectation for random blocks of the same sizes. For the whole
   network chance is that of blocks drawn across all layers, where the random controls, like the rules, stay inside each layer. **Decrease ratio**: what the

@@ -64,11 +64,15 @@ NETWORKS = {
         "the same, half as wide", "digits-cnn", 128, 256, 1280, 20, 15, double=True, light=True, width=0.5
     ),
     "digits-cnn-double": Plan(
-        "the same, twice as wide", "digits-cnn", 128, 256, 1280, 20, 45, double=True, light=True, width=2.0
+        "the same, twice as wide", "digits-cnn", 128, 256, 1280, 20, 150, double=True, light=True, width=2.0
     ),
-    "fashion-mlp": Plan("MLP on Fashion-MNIST", "fashion-mlp", 128, 1024, 2048, 10, 300, train=12000),
-    "fashion-lenet": Plan("LeNet-5 on Fashion-MNIST", "fashion-cnn", 128, 1024, 2048, 10, 360, train=12000),
-    "cifar-vgg": Plan("VGG-like on CIFAR-10", "cifar-vgg", 64, 256, 512, 6, 480, draws=2, version="lossless-4000"),
+    "fashion-mlp": Plan("MLP on Fashion-MNIST", "fashion-mlp", 128, 1024, 2048, 10, 340, train=12000, double=True),
+    "fashion-lenet": Plan(
+        "LeNet-5 on Fashion-MNIST", "fashion-cnn", 128, 1024, 2048, 10, 400, train=12000, double=True
+    ),
+    "cifar-vgg": Plan(
+        "VGG-like on CIFAR-10", "cifar-vgg", 64, 256, 512, 6, 900, draws=2, double=True, version="lossless-4000"
+    ),
 }
 
 
