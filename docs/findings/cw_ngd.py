@@ -1,6 +1,6 @@
 """Are the segments of CW-NGD and MBF independent? Measure it, and write the page ``cw-ngd.md`` with its figures.
 
-    python docs/findings/cw_ngd.py                          # everything: about an hour on two cores
+    python docs/findings/cw_ngd.py                          # everything: more than an hour on one core; files of networks are apart, so that two commands can share the work
     python docs/findings/cw_ngd.py --networks digits-cnn    # one network; the page says which have not been run
     python docs/findings/cw_ngd.py --page                   # the page again, from the results that are there
 
@@ -43,7 +43,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         "--stages", nargs="+", choices=STAGES, default=list(STAGES), help="before training, after an epoch, at the end"
     )
     parser.add_argument(
-        "--examples", type=int, help="examples of the exact Fisher; default 128, 64 for the largest network"
+        "--examples", type=int, help="examples of the exact Fisher; default 128, 32 for the largest network"
     )
     parser.add_argument(
         "--data-dir",

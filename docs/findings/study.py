@@ -71,7 +71,7 @@ NETWORKS = {
         "LeNet-5 on Fashion-MNIST", "fashion-cnn", 128, 1024, 2048, 10, 400, train=12000, double=True
     ),
     "cifar-vgg": Plan(
-        "VGG-like on CIFAR-10", "cifar-vgg", 64, 256, 512, 6, 900, draws=2, double=True, version="lossless-4000"
+        "VGG-like on CIFAR-10", "cifar-vgg", 32, 128, 256, 2, 900, draws=2, double=True, version="lossless-4000"
     ),
 }
 
