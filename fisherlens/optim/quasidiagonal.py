@@ -18,7 +18,6 @@ from fisherlens.optim.units import (
     by_unit,
     chunks,
     has_plain_units,
-    homogeneous,
     unit_count,
     unit_rows,
     unit_size,
@@ -154,7 +153,7 @@ class QuasiDiagonal(RowMethod):
         out = like.new_zeros(2, unit_count(layer), unit_size(layer))
         for scores in chunks(layer, self._passes, like):
             if has_plain_units(scores):
-                a, squares = homogeneous(scores)[:, 0], scores.g[:, 0, 0].square()
+                a, squares = scores.unit_inputs()[:, 0], scores.g[:, 0, 0].square()
                 out[0] += squares.T @ a.square()
                 out[1] += squares.T @ a
                 continue

@@ -56,12 +56,6 @@ def chunks(layer: LayerInfo, passes: Sequence[tuple[Pass, int]], like: Tensor) -
             yield layer_scores(layer, calls, slice(start, min(start + step, n)), like.dtype)
 
 
-def homogeneous(scores: DenseScores) -> Tensor:
-    """Inputs of a dense layer as its units see them, ``(n, t, s)``: with the 1 of the bias."""
-    a = scores.a if scores.layer.weight is not None else scores.a[..., :0]
-    return torch.cat([a, a.new_ones(*a.shape[:2], 1)], dim=2) if scores.layer.bias is not None else a
-
-
 def has_plain_units(scores: LayerScores) -> bool:
     """Whether row n of unit o is g_no a_n: a dense layer of one position."""
     return type(scores) is DenseScores and scores.t == 1
@@ -72,7 +66,7 @@ def unit_rows(scores: LayerScores) -> Iterator[tuple[slice, Tensor]]:
     layer = scores.layer
     units, size = unit_count(layer), unit_size(layer)
     step = max(1, CHUNK_BYTES // max(1, scores.n * size * scores.dtype.itemsize))
-    a = homogeneous(scores) if type(scores) is DenseScores else None
+    a = scores.unit_inputs() if type(scores) is DenseScores else None
     for start in range(0, units, step):
         at = slice(start, min(start + step, units))
         if a is not None and scores.t == 1:
@@ -103,7 +97,7 @@ def solve_by_kernels(scores: LayerScores, scale: float, g: Tensor, damping: floa
             y, used = weights(scale * rows @ rows.mT, torch.bmm(rows, g[at, :, None])[:, :, 0])
             out[at] = (g[at] - scale * torch.bmm(rows.mT, y[:, :, None])[:, :, 0]) / used
         return out, retries, failed
-    a, scored = homogeneous(scores)[:, 0], scores.g[:, 0, 0]  # (n, s), (n, d_o)
+    a, scored = scores.unit_inputs()[:, 0], scores.g[:, 0, 0]  # (n, s), (n, d_o)
     inner, z = scale * self_gram(a), (scored * (a @ g.T)).T  # (n, n), (d_o, n)
     step = max(1, CHUNK_BYTES // (8 * scores.n**2))
     for start in range(0, len(g), step):

@@ -139,11 +139,14 @@ class DenseScores(LayerScores):
         by_rows = n * r * t * d_i * d_o + n * n * r * r * d_i * d_o
         return self.gram_by_units() if by_rows < by_factors else self.gram_by_positions()
 
+    def unit_inputs(self) -> Tensor:
+        """Inputs as the units see them, ``(n, t, s)``: none without a weight, and with the 1 of the bias at the end."""
+        a = self.a if self.layer.weight else self.a[..., :0]
+        return torch.cat([a, a.new_ones(self.n, self.t, 1)], dim=2) if self.layer.bias else a
+
     def _unit_rows(self) -> Iterator[tuple[slice, Tensor]]:
         """Explicit rows of some units at a time, ``(rows, units, d_i + 1)``: their weights, then the bias, as far as they were selected."""
-        a = self.a if self.layer.weight else self.a[..., :0]
-        if self.layer.bias:
-            a = torch.cat([a, a.new_ones(self.n, self.t, 1)], dim=2)
+        a = self.unit_inputs()
         step = max(1, CHUNK_BYTES // max(1, self.rows * a.shape[2] * a.itemsize))
         for start in range(0, self.d_o, step):
             units = slice(start, min(start + step, self.d_o))
