@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import snapshot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_traps import mlp, noise
 from torch import Tensor, nn
 
 import fisherlens as fl
+from conftest import snapshot
 from fisherlens.errors import FisherLensError
 
 EXPECTED = (FisherLensError, TypeError, ValueError)
