@@ -2,7 +2,6 @@
 
 from fisherlens.spectrum.complete import WHOLE, spectrum
 from fisherlens.spectrum.density import spectral_density
-from fisherlens.spectrum.estimates import estimate_diagonal, estimate_trace
 from fisherlens.spectrum.functions import effective_dimension, log_determinant
 from fisherlens.spectrum.kinds import compare_kinds
 from fisherlens.spectrum.operators import Operator, Symmetric, as_symmetric
@@ -10,6 +9,7 @@ from fisherlens.spectrum.rules import Quadrature, quadrature_of
 from fisherlens.spectrum.side import Side, side_for
 from fisherlens.spectrum.summary import spectral_summary
 from fisherlens.spectrum.top import top_eigenvalues
+from fisherlens.spectrum.traces import estimate_diagonal, estimate_trace
 
 __all__ = [
     "WHOLE",
