@@ -34,6 +34,7 @@ import fisherlens  # noqa: E402
 mpl.use("Agg")
 
 sys.modules["fisherlens.plot"] = fisherlens.plot  # under the name by which users reach it
+sys.modules["fisherlens.adapters"] = fisherlens.adapters
 
 # Names that modules import for type checkers only, so that annotations can be resolved.
 for name, module in list(sys.modules.items()):

@@ -48,7 +48,7 @@ from fisherlens.spectrum import (
     spectrum,
     top_eigenvalues,
 )
-from fisherlens.training import Problem, compare_optimizers, problem, problems, train
+from fisherlens.training import Monitor, Problem, adapters, compare_optimizers, problem, problems, train
 
 __all__ = [  # noqa: RUF022 - grouped by topic
     # the operator
@@ -99,6 +99,8 @@ __all__ = [  # noqa: RUF022 - grouped by topic
     "Problem",
     "train",
     "compare_optimizers",
+    "Monitor",
+    "adapters",
     # results
     "save",
     "load",

@@ -52,6 +52,7 @@ def test_public_names():
         "directions",
         "ellipse",
         "filters",
+        "monitor",
         "spatial_coupling",
     )  # in files of their own
     assert sorted(plots.__all__) == sorted([*PLOTS, *elsewhere, "independence_panels", "kinds"])

@@ -14,6 +14,7 @@ from fisherlens.plots._filters import filters
 from fisherlens.plots._independence import independence, independence_panels
 from fisherlens.plots._information import information
 from fisherlens.plots._kinds import kinds
+from fisherlens.plots._monitor import monitor
 from fisherlens.plots._optimizers import optimizers
 from fisherlens.plots._partition import partition
 from fisherlens.plots._spatial import spatial_coupling
@@ -31,6 +32,7 @@ __all__ = [
     "independence_panels",
     "information",
     "kinds",
+    "monitor",
     "optimizers",
     "partition",
     "spatial_coupling",

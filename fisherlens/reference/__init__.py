@@ -86,6 +86,7 @@ from fisherlens.reference.matrix import (
     spectrum,
     trace,
 )
+from fisherlens.reference.monitoring import space_gap, space_overlap, top_share, top_space
 from fisherlens.reference.network import (
     Data,
     Names,
@@ -211,12 +212,16 @@ __all__ = [
     "share_of_trace",
     "shared_blocks",
     "solve",
+    "space_gap",
+    "space_overlap",
     "spectrum",
     "step_with",
     "symmetric_power",
     "tengrad_step",
     "terms",
     "tnt_direction",
+    "top_share",
+    "top_space",
     "trace",
     "u_centred",
     "u_product",

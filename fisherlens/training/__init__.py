@@ -1,7 +1,9 @@
 """Problems, the training loop, and optimizers side by side."""
 
+from fisherlens.training import adapters
 from fisherlens.training.compare import compare_optimizers
 from fisherlens.training.loop import train
+from fisherlens.training.monitor import Monitor
 from fisherlens.training.problems import Problem, problem, problems
 
-__all__ = ["Problem", "compare_optimizers", "problem", "problems", "train"]
+__all__ = ["Monitor", "Problem", "adapters", "compare_optimizers", "problem", "problems", "train"]
