@@ -30,6 +30,13 @@ Examples
 
 from __future__ import annotations
 
+from fisherlens.reference.block_steps import (
+    best_step,
+    linear_gaussian_loss,
+    promised_decrease,
+    removal_divergence,
+    shared_way,
+)
 from fisherlens.reference.blocks import (
     Blocks,
     block,
@@ -138,6 +145,7 @@ __all__ = [
     "Theta",
     "along",
     "best_kronecker_error",
+    "best_step",
     "bfgs",
     "block",
     "block_diagonal",
@@ -180,6 +188,7 @@ __all__ = [
     "kronecker_block",
     "kronecker_factors",
     "labels_by_term",
+    "linear_gaussian_loss",
     "log_determinant",
     "log_probability",
     "low_rank",
@@ -203,14 +212,17 @@ __all__ = [
     "predicted_steps",
     "projected_factor",
     "projector",
+    "promised_decrease",
     "quasi_diagonal",
     "recursive_inverse",
     "reduced_rows",
+    "removal_divergence",
     "score",
     "score_matrix",
     "shampoo_direction",
     "share_of_trace",
     "shared_blocks",
+    "shared_way",
     "solve",
     "space_gap",
     "space_overlap",
