@@ -76,6 +76,8 @@ class Row:
         (predicted, measured) of each seed, in the order of the seeds.
     decided
         False where the uncertainty over seeds is too large to tell; ``holds`` is then False too.
+    agreement, agreement_low, agreement_high
+        Mean of s over seeds, and its bounds, on which the decision rests.
     """
 
     name: str
@@ -91,6 +93,9 @@ class Row:
     note: str = ""
     per_seed: tuple[tuple[float, float], ...] = ()
     decided: bool = True
+    agreement: float = math.nan
+    agreement_low: float = math.nan
+    agreement_high: float = math.nan
 
     def __post_init__(self) -> None:
         """Refuse a row that no table could show."""
@@ -118,7 +123,7 @@ class Claim:
 
 
 def equal(name: str, statement: str, pairs: Pairs, tolerance: float, *, unit: str = "1", note: str = "") -> Row:
-    """Predicted and measured agree within a relative tolerance.
+    r"""Predicted and measured agree within a relative tolerance.
 
     Parameters
     ----------
@@ -127,7 +132,7 @@ def equal(name: str, statement: str, pairs: Pairs, tolerance: float, *, unit: st
     pairs
         (predicted, measured) of each seed; infinity means "never reached" and agrees with nothing but itself.
     tolerance
-        Largest \\|m − p\\|/max(\\|p\\|, \\|m\\|) that counts as agreement, below 1.
+        Largest |m − p|/max(|p|, |m|) that counts as agreement, below 1.
 
     Examples
     --------
@@ -194,7 +199,10 @@ def order(
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's rank correlation, ties by mean ranks; NaN below three comparable entries, or where one list is constant."""
+    """Spearman's rank correlation, ties by mean ranks; NaN below three comparable entries, or where one list is constant.
+
+    Entries that agree to six digits are ties: their order would be one of rounding.
+    """
     from scipy.stats import rankdata
 
     first, second = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
@@ -203,7 +211,7 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
     known = ~(np.isnan(first) | np.isnan(second))
     if known.sum() < 3:
         return math.nan
-    x, y = rankdata(first[known]), rankdata(second[known])
+    x, y = (rankdata([float(f"{value:.5e}") for value in values[known]]) for values in (first, second))
     x, y = x - x.mean(), y - y.mean()
     size = math.sqrt(float(x @ x) * float(y @ y))
     return round(float(x @ y) / size, 12) if size else math.nan
@@ -289,4 +297,7 @@ def _row(
         "; ".join(notes),
         per_seed,
         decided,
+        mean_and_sem(agreement)[0],
+        low,
+        high,
     )

@@ -14,7 +14,7 @@ import torch
 from fisherlens import errors
 from fisherlens._progress import progress as progress_bar
 from fisherlens.errors import FisherLensError, InputError, NumericalWarning
-from fisherlens.scores.draws import KINDS
+from fisherlens.scores import KINDS
 from fisherlens.training.base import Problem, check_count
 from fisherlens.training.problems import problem as problem_by_name
 from fisherlens.training.record import describe
@@ -36,6 +36,9 @@ _NUMBERS: dict[str, tuple[str, str]] = {
     "tolerance": ("relative tolerance, or smallest rank correlation", "1"),
     "holds": ("whether the claim holds", "1"),
     "decided": ("whether the seeds agree enough to tell", "1"),
+    "agreement": ("relative difference of measured from predicted, or rank correlation", "1"),
+    "agreement_low": ("lower 95 % bound of the agreement over seeds", "1"),
+    "agreement_high": ("upper 95 % bound of the agreement over seeds", "1"),
 }
 _WORDS = {
     "statement": "the claim",
@@ -122,7 +125,7 @@ def verify(
     Dataset over ``claim``, whose labels are claim/case (``"metric/top"``): ``predicted``, ``measured`` with ``_sem`` over seeds,
     in the unit that ``unit`` names; ``tolerance`` and ``relation`` (``"equal"``, ``"at least"``, ``"at most"``, ``"order"``), the rule
     that decides ``holds``; ``decided``, False where the seeds differ too much to tell; ``statement`` and ``note``;
-    ``predicted_by_seed``, ``measured_by_seed`` (claim, seed); ``interrupted``. Series behind the claims start with the claim's
+    ``agreement`` with its bounds ``agreement_low`` and ``agreement_high``, on which the decision rests; ``predicted_by_seed``, ``measured_by_seed`` (claim, seed); ``interrupted``. Series behind the claims start with the claim's
     name. A claim that the problem does not admit (no filters to remove, say) is left out with a NumericalWarning, and listed with its reason
     in the attribute ``skipped``. Ctrl-C ends the run and keeps the claims that are finished.
 
@@ -174,6 +177,8 @@ def verify(
             )
             for seed in chosen_seeds
         ]
+        if operator is not None:
+            _ = subjects[0].fisher  # a wrong one shows here, not as a claim that could not be checked
         for name in names:
             bar.set_description(name)
             try:
@@ -275,7 +280,9 @@ def _dataset(
 def _add_curve(owner: str, label: str, curve: Curve, variables: dict[str, Any], coords: dict[str, Any]) -> None:
     """Put a series beside the rows, unless its name or the labels of its dims are taken."""
     if label in variables:
-        raise InputError(f"The {owner} calls a series {label!r}, which is taken. Start its name with that of the claim.")
+        raise InputError(
+            f"The {owner} calls a series {label!r}, which is taken. Start its name with that of the claim."
+        )
     variables[label] = (curve.dims, curve.values, curve.attrs)
     for dim, entry in curve.coords.items():
         if dim in coords and not np.array_equal(np.asarray(_labels(coords[dim])), np.asarray(_labels(entry))):

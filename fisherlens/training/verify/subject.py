@@ -56,7 +56,18 @@ class Budget:
 
 
 BUDGETS = {"quick": Budget(128, 100, 40, 60, 5), "full": Budget(512, 400, 100, 300, 9)}
-_OF_PARAMETERS = "model layout theta true_fisher fisher gradient largest_eigenvalue damping _bound initial".split()
+_OF_PARAMETERS = (
+    "model",
+    "layout",
+    "theta",
+    "true_fisher",
+    "fisher",
+    "gradient",
+    "largest_eigenvalue",
+    "damping",
+    "_bound",
+    "initial",
+)
 
 
 class Subject:
@@ -180,15 +191,19 @@ class Subject:
 
     def gradient_at(self, theta: Tensor) -> Tensor:
         """Gradient of :meth:`loss`, flat ``(P,)``."""
+        return self.loss_and_gradient(theta)[1]
+
+    def loss_and_gradient(self, theta: Tensor) -> tuple[float, Tensor]:
+        """Both, for the price of the gradient."""
         self._require_loss()
         leaves = {name: value.clone().requires_grad_() for name, value in self.layout.unflatten(theta).items()}
         with torch.enable_grad():
             outputs = _logits(functional_call(self.model, leaves, (self.data[0],)))
-            found = torch.autograd.grad(
-                mean_loss(self.likelihood, outputs, self.data[1]), list(leaves.values()), allow_unused=True
-            )
+            loss = mean_loss(self.likelihood, outputs, self.data[1])
+            found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         pairs = zip(leaves.items(), found, strict=True)
-        return self.layout.flatten({name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs})
+        flat = self.layout.flatten({name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs})
+        return loss.item(), flat
 
     @cached_property
     def gradient(self) -> Tensor:
