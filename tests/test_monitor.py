@@ -27,6 +27,7 @@ from fisherlens.results import load
 from fisherlens.training.monitor import measure as measuring
 from fisherlens.training.monitor import monitor as monitoring
 from fisherlens.training.monitor.clock import stability_limit
+from fisherlens.training.monitor.file import RunFile
 from fisherlens.training.monitor.table import VARIABLES
 
 ROOT = Path(__file__).parents[1]
@@ -482,7 +483,7 @@ def test_a_failing_logger_or_disk_is_told_once_and_nothing_is_lost(tmp_path, mon
         monitor = watched(model, data, 2, k=2, **options)
     assert len(caught) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(monitoring, "save", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        patch.setattr(RunFile, "write", lambda *_: (_ for _ in ()).throw(OSError("full")))
         with pytest.warns(NumericalWarning, match=r"step 3 and could not write .*run\.nc; .*OSError: full"):
             monitor.step()
     assert load(tmp_path / "run.nc")["step"].values.tolist() == [0, 1, 2]

@@ -112,7 +112,7 @@ def monitor(
         ax.margins(x=0.03)
         common.tidy(ax)
         if legend and len(common.named(ax)) > 1:
-            common.legend(ax, loc="best")
+            common.legend_above(ax, common.named(ax))  # inside, it would hide the beginning or the end of a curve
     return {name: axes[name] for name in chosen}
 
 

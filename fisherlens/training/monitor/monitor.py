@@ -6,7 +6,6 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,10 +16,11 @@ from fisherlens.fisher import Fisher
 from fisherlens.fisher.checks import check_seed
 from fisherlens.layout import Layout
 from fisherlens.likelihoods import Likelihood, as_likelihood
-from fisherlens.results import load, require_writable, save
+from fisherlens.results import load, require_writable
 from fisherlens.scores.recorder import preserved_randomness
 from fisherlens.training.monitor.clock import Clock, learning_rate, stability_limit
 from fisherlens.training.monitor.examples import choose_examples
+from fisherlens.training.monitor.file import RunFile
 from fisherlens.training.monitor.measure import Wish, measure
 from fisherlens.training.monitor.options import check_options, choose_quantities
 from fisherlens.training.monitor.table import Table, flat_values, plain_rows
@@ -269,7 +269,7 @@ class Monitor:
     def __repr__(self) -> str:
         last = self._table.last_step
         seen = "no measurement yet" if last is None else f"{len(self._table)} measurements, the last at step {last}"
-        where = "" if self._out is None else f", out={str(self._out)!r}"
+        where = "" if self._out is None else f", out={str(self._out.path)!r}"
         return (
             f"Monitor(every={self.every}, N={self._count}, P={self._table.attrs['n_params']}, {', '.join(self._wish.quantities)}: {seen}; "
             f"{100 * self.share_of_time:.1f} % of the time{where})"
@@ -347,7 +347,7 @@ class Monitor:
             "num_examples": self._count,
         }
 
-    def _open(self, out: str | os.PathLike[str] | None, existing: str) -> Path | None:
+    def _open(self, out: str | os.PathLike[str] | None, existing: str) -> RunFile | None:
         if out is None:
             return None
         path = require_writable(out)
@@ -362,7 +362,7 @@ class Monitor:
             last = self._table.rows[-1] if self._table.rows else {}
             self.steps = int(last.get("step", 0))
             self._clock = Clock(float(last.get("seconds", 0.0)), float(last.get("monitor_seconds", 0.0)))
-        return path
+        return RunFile(path)
 
     # --- one measurement ---------------------------------------------------------------------------------------------
 
@@ -381,7 +381,7 @@ class Monitor:
             self._table.add(row)
             self._shown = None
             if self._out is not None:
-                self._attempt(lambda: save(self._dataset(), self._out), f"write {self._out}")
+                self._attempt(lambda: self._out.write(self._dataset()), f"write {self._out.path}")
             numbers = dict(flat_values(row, self._table.layers)) if self._sinks else {}
             for sink in self._sinks:
                 self._attempt(lambda sink=sink: sink(self.steps, numbers), f"hand it to {_name(sink)}")
