@@ -48,7 +48,17 @@ from fisherlens.spectrum import (
     spectrum,
     top_eigenvalues,
 )
-from fisherlens.training import Monitor, Problem, adapters, compare_optimizers, problem, problems, train
+from fisherlens.training import (
+    LogUniform,
+    Monitor,
+    Problem,
+    Tuning,
+    adapters,
+    compare_optimizers,
+    problem,
+    problems,
+    train,
+)
 
 __all__ = [  # noqa: RUF022 - grouped by topic
     # the operator
@@ -99,6 +109,8 @@ __all__ = [  # noqa: RUF022 - grouped by topic
     "Problem",
     "train",
     "compare_optimizers",
+    "Tuning",
+    "LogUniform",
     "Monitor",
     "adapters",
     # results

@@ -54,6 +54,8 @@ def test_public_names():
         "filters",
         "monitor",
         "spatial_coupling",
+        "targets",
+        "tuning",
     )  # in files of their own
     assert sorted(plots.__all__) == sorted([*PLOTS, *elsewhere, "independence_panels", "kinds"])
 

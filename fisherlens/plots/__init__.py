@@ -19,6 +19,7 @@ from fisherlens.plots._optimizers import optimizers
 from fisherlens.plots._partition import partition
 from fisherlens.plots._spatial import spatial_coupling
 from fisherlens.plots._spectrum import spectrum
+from fisherlens.plots._tuning import targets, tuning
 
 __all__ = [
     "approximations",
@@ -37,4 +38,6 @@ __all__ = [
     "partition",
     "spatial_coupling",
     "spectrum",
+    "targets",
+    "tuning",
 ]

@@ -5,5 +5,16 @@ from fisherlens.training.compare import compare_optimizers
 from fisherlens.training.loop import train
 from fisherlens.training.monitor import Monitor
 from fisherlens.training.problems import Problem, problem, problems
+from fisherlens.training.tune import LogUniform, Tuning
 
-__all__ = ["Monitor", "Problem", "adapters", "compare_optimizers", "problem", "problems", "train"]
+__all__ = [
+    "LogUniform",
+    "Monitor",
+    "Problem",
+    "Tuning",
+    "adapters",
+    "compare_optimizers",
+    "problem",
+    "problems",
+    "train",
+]

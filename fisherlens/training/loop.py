@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fisherlens._progress import progress as progress_bar
 from fisherlens.errors import InputError, NonFiniteError
 from fisherlens.likelihoods import Likelihood, as_likelihood
+from fisherlens.training.checkpoint import Checkpoint
 from fisherlens.training.loss import count_correct, mean_loss, summed_loss
 from fisherlens.training.problems import Pair, Problem, check_pair, seeded
 from fisherlens.training.record import METRICS, Run, Setting, default_record_every, describe, device_of, to_dataset
 
 if TYPE_CHECKING:
     import xarray as xr
-    from tqdm.auto import tqdm
 
-MakeOptimizer = Callable[[nn.Module], Optimizer]
+
+MakeOptimizer = Callable[..., Any]  # (model, **options) -> Optimizer, or (Optimizer, LRScheduler)
 Callback = Callable[[int, nn.Module, Optimizer], object]
 
 _EVALUATE_AT_ONCE = 1024  # examples per forward pass of an evaluation
@@ -76,23 +79,44 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def build_optimizer(make_optimizer: MakeOptimizer, model: nn.Module, label: str) -> Optimizer:
-    """Call ``make_optimizer(model)`` and check that the answer is an optimizer of this model."""
+class Ticker(Protocol):
+    """What counts steps: a progress bar, or anything with its ``update``."""
+
+    def update(self, n: float, /) -> object:
+        """Count ``n`` more steps."""
+
+
+def build(
+    make_optimizer: MakeOptimizer, model: nn.Module, label: str, options: Mapping[str, Any] | None = None
+) -> tuple[Optimizer, LRScheduler | None]:
+    """Call ``make_optimizer(model, **options)`` and check that the answer is an optimizer of this model, perhaps with a scheduler."""
     if isinstance(make_optimizer, Optimizer) or not callable(make_optimizer):
         raise TypeError(
             f"Optimizer {label!r} must be a function model -> torch.optim.Optimizer, because every run trains a new model; "
             f"got {type(make_optimizer).__name__}. For example: lambda model: torch.optim.SGD(model.parameters(), lr=0.1)."
         )
-    optimizer = make_optimizer(model)
+    made = make_optimizer(model, **(options or {}))
+    pair = isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], LRScheduler)
+    optimizer, scheduler = made if pair else (made, None)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"Optimizer {label!r} must return a torch.optim.Optimizer; got {type(optimizer).__name__}.")
+    if scheduler is not None and (isinstance(scheduler, ReduceLROnPlateau) or scheduler.optimizer is not optimizer):
+        raise InputError(
+            f"The scheduler of optimizer {label!r} must be one of that optimizer which steps by itself, after each optimizer step; got "
+            f"{type(scheduler).__name__}. ReduceLROnPlateau waits for a metric: give another one, or write the loop yourself."
+        )
     own = {id(p) for p in model.parameters()}
     if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
         raise InputError(
             f"Optimizer {label!r} holds no parameter of the model that it was given, so it would train nothing. "
             "Use the argument: lambda model: SGD(model.parameters(), ...), not a model from outside."
         )
-    return optimizer
+    return optimizer, scheduler
+
+
+def build_optimizer(make_optimizer: MakeOptimizer, model: nn.Module, label: str) -> Optimizer:
+    """Call ``make_optimizer(model)`` and check that the answer is an optimizer of this model."""
+    return build(make_optimizer, model, label)[0]
 
 
 def run_training(
@@ -103,19 +127,32 @@ def run_training(
     label: str | None,
     seed: int,
     callbacks: Sequence[Callback],
-    bar: tqdm,
+    bar: Ticker,
+    options: Mapping[str, Any] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Run:
-    """Train ``model`` in place and record; divergence and Ctrl-C end the run early and are noted, not raised."""
+    """Train ``model`` in place and record; divergence and Ctrl-C end the run early and are noted, not raised.
+
+    ``options`` go to ``make_optimizer``; a ``checkpoint`` is continued if there is one, and written on the way.
+    """
     # Dropout and the like draw from the global generators; inside they are seeded, outside they are as before.
     with seeded(seed):
-        optimizer = build_optimizer(make_optimizer, model, label or "optimizer")
+        optimizer, scheduler = build(make_optimizer, model, label or "optimizer", options)
         kind = type(optimizer).__name__
-        run = Run(label or kind, seed, setting.steps, options={"class": kind, **optimizer.defaults})
+        made = {"class": kind, **optimizer.defaults}
+        made |= {} if scheduler is None else {"scheduler": type(scheduler).__name__}
+        run = Run(label or kind, seed, setting.steps, options=made)
         try:
-            _record(run, setting, model, 0, 0.0)  # a problem that is broken from the start raises here
-            for callback in callbacks:
-                callback(0, model, optimizer)
-            _steps(run, setting, model, optimizer, callbacks, bar)
+            begun, seconds = 0, 0.0
+            if checkpoint is not None:
+                begun, seconds = checkpoint.load(run, model, optimizer, scheduler)
+            if begun == 0:
+                _record(run, setting, model, 0, 0.0)  # a problem that is broken from the start raises here
+                for callback in callbacks:
+                    callback(0, model, optimizer)
+            else:
+                bar.update(begun)
+            _steps(run, setting, model, (optimizer, scheduler), callbacks, bar, (begun, seconds), checkpoint)
         except KeyboardInterrupt:
             run.interrupted, run.ended_by = True, f"interrupted after step {run.steps_taken}"
     model.zero_grad(set_to_none=True)
@@ -126,15 +163,18 @@ def _steps(
     run: Run,
     setting: Setting,
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizers: tuple[Optimizer, LRScheduler | None],
     callbacks: Sequence[Callback],
-    bar: tqdm,
+    bar: Ticker,
+    begun: tuple[int, float],
+    checkpoint: Checkpoint | None,
 ) -> None:
     inputs, targets = setting.train
+    optimizer, scheduler = optimizers
     device = device_of(model)
-    batches = setting.batches(run.seed)
-    seconds = 0.0
-    for step in range(1, setting.num_steps + 1):
+    first, seconds = begun
+    batches = islice(setting.batches(run.seed), first, None)
+    for step in range(first + 1, setting.num_steps + 1):
         started = _now(device)
         index = next(batches)
         try:
@@ -146,6 +186,8 @@ def _steps(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
             seconds += _now(device) - started
             run.steps_taken = step
             if step % setting.record_every == 0 or step == setting.num_steps:
@@ -155,14 +197,16 @@ def _steps(
             return
         for callback in callbacks:
             callback(step, model, optimizer)
+        if checkpoint is not None and step < setting.num_steps:
+            checkpoint.save(step, seconds, run, model, optimizer, scheduler)
         bar.update(1)
 
 
 def _record(run: Run, setting: Setting, model: nn.Module, step: int, seconds: float) -> None:
-    train_loss, _ = evaluate(model, setting.train, setting.likelihood, "training")
+    train_loss, _ = evaluate(model, setting.eval_train, setting.likelihood, "training")
     test_loss = accuracy = math.nan
-    if setting.test is not None:
-        test_loss, accuracy = evaluate(model, setting.test, setting.likelihood, "test")
+    if setting.eval_test is not None:
+        test_loss, accuracy = evaluate(model, setting.eval_test, setting.likelihood, "test")
     at = int(np.searchsorted(run.steps, step))
     for name, value in zip(METRICS, (train_loss, test_loss, accuracy, seconds), strict=True):
         run.metrics[name][at] = value
@@ -198,7 +242,8 @@ def train(
     data
         A :class:`Problem`, or a pair ``(inputs, targets)`` of tensors.
     make_optimizer
-        A function ``model -> torch.optim.Optimizer``.
+        A function ``model -> torch.optim.Optimizer``, or one that returns a pair (optimizer, learning-rate scheduler of torch); the
+        scheduler then steps after each optimizer step.
     num_steps
         Optimizer steps.
     batch_size

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from fisherlens.errors import InputError
 from fisherlens.likelihoods import Likelihood
 from fisherlens.training.problems import Pair
+from fisherlens.training.targets import OWN_SHARE, target_variables
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -42,11 +45,12 @@ class Run:
     def __post_init__(self) -> None:
         """Start with nothing recorded: NaN everywhere."""
         self.metrics = {name: np.full(len(self.steps), np.nan) for name in METRICS}
+        self.options = plain(self.options)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all runs of one comparison share."""
+    """What all runs of one comparison share. Losses are measured on ``num_eval`` examples of each set, None for all."""
 
     train: Pair
     test: Pair | None
@@ -54,11 +58,14 @@ class Setting:
     num_steps: int
     batch_size: int
     record_every: int
+    num_eval: int | None = None
 
     def __post_init__(self) -> None:
         """Check the numbers, all of them at least 1."""
-        for name in ("num_steps", "batch_size", "record_every"):
+        for name in ("num_steps", "batch_size", "record_every", "num_eval"):
             value = getattr(self, name)
+            if name == "num_eval" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an int; got {type(value).__name__} {value!r}.")
             if value < 1:
@@ -67,7 +74,25 @@ class Setting:
     @property
     def steps(self) -> np.ndarray:
         """The recorded steps: 0, every ``record_every``-th, and the last."""
-        return np.unique(np.append(np.arange(0, self.num_steps, self.record_every), self.num_steps))
+        return recorded_steps(self.num_steps, self.record_every)
+
+    @cached_property
+    def eval_train(self) -> Pair:
+        """The training examples that losses are measured on."""
+        return self._measured(self.train)
+
+    @cached_property
+    def eval_test(self) -> Pair | None:
+        """The test examples that losses are measured on."""
+        return None if self.test is None else self._measured(self.test)
+
+    def _measured(self, pair: Pair) -> Pair:
+        """All examples, or a subset that is the same in every run, in data order."""
+        if self.num_eval is None or self.num_eval >= len(pair[0]):
+            return pair
+        order = torch.randperm(len(pair[0]), generator=torch.Generator().manual_seed(0))
+        index = order[: self.num_eval].sort().values
+        return pair[0][index.to(pair[0].device)], pair[1][index.to(pair[1].device)]
 
     def batches(self, seed: int) -> Iterator[Tensor]:
         """Yield index batches without end: each pass takes every example once, in an order drawn from ``seed``."""
@@ -76,20 +101,27 @@ class Setting:
             yield from torch.randperm(len(self.train[0]), generator=generator).split(self.batch_size)
 
 
-def to_dataset(runs: Mapping[tuple[str, int], Run], setting: Setting, **attrs: Any) -> xr.Dataset:
-    """Arrange runs on the grid optimizer × seed × step; a run that never started is NaN and counts as interrupted."""
+def to_dataset(
+    runs: Mapping[tuple[str, int], Run],
+    setting: Setting,
+    *,
+    targets: Mapping[str, float] | None = None,
+    further: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {}),
+    settings: Mapping[str, Any] | None = None,
+    **attrs: Any,
+) -> xr.Dataset:
+    """Arrange runs on the grid optimizer × seed × step; a run that never started is NaN and counts as interrupted.
+
+    ``targets`` adds how long each took to them, ``further`` variables and coordinates of a search, ``settings`` to what is recorded.
+    """
     from fisherlens.results import make_dataset
 
     optimizers = list(dict.fromkeys(name for name, _ in runs))
     seeds = list(dict.fromkeys(seed for _, seed in runs))
     grid = [[runs[name, seed] for seed in seeds] for name in optimizers]
+    metrics = {name: np.array([[run.metrics[name] for run in row] for row in grid]) for name in METRICS}
     variables: dict[str, Any] = {
-        name: (
-            ("optimizer", "seed", "step"),
-            np.array([[run.metrics[name] for run in row] for row in grid]),
-            dict(attributes),
-        )
-        for name, attributes in METRICS.items()
+        name: (("optimizer", "seed", "step"), metrics[name], dict(attributes)) for name, attributes in METRICS.items()
     }
     flags = {
         "steps_taken": ("optimizer steps taken", np.int64),
@@ -100,22 +132,28 @@ def to_dataset(runs: Mapping[tuple[str, int], Run], setting: Setting, **attrs: A
     for name, (long_name, dtype) in flags.items():
         values = np.array([[getattr(run, name) for run in row] for row in grid], dtype=dtype)
         variables[name] = (("optimizer", "seed"), values, {"long_name": long_name, "units": "1"})
-    settings = {
+    coords: dict[str, Any] = {
+        "optimizer": ("optimizer", optimizers, {"long_name": "optimizer"}),
+        "seed": ("seed", seeds, {"long_name": "seed of initial weights and batch order"}),
+        "step": ("step", setting.steps, {"long_name": "optimizer steps", "units": "1"}),
+    }
+    if targets is not None:
+        extra, places = target_variables(setting.steps, metrics, targets)
+        variables, coords = variables | extra, coords | places
+        attrs |= {"step_resolution": setting.record_every, "own_accuracy_share": OWN_SHARE}
+    made = {
         "optimizers": {name: runs[name, seeds[0]].options for name in optimizers},
         "num_steps": setting.num_steps,
         "batch_size": setting.batch_size,
         "record_every": setting.record_every,
         "n_test": 0 if setting.test is None else len(setting.test[0]),
     }
+    made |= {} if setting.num_eval is None else {"num_eval": setting.num_eval}
     return make_dataset(
-        variables,
-        {
-            "optimizer": ("optimizer", optimizers, {"long_name": "optimizer"}),
-            "seed": ("seed", seeds, {"long_name": "seed of initial weights and batch order"}),
-            "step": ("step", setting.steps, {"long_name": "optimizer steps", "units": "1"}),
-        },
+        variables | dict(further[0]),
+        coords | dict(further[1]),
         method="mini-batch training",
-        settings=settings,
+        settings=made | dict(settings or {}),
         likelihood=setting.likelihood.name,
         n_data=len(setting.train[0]),
         seed=seeds[0] if len(seeds) == 1 else np.array(seeds),
@@ -126,6 +164,15 @@ def to_dataset(runs: Mapping[tuple[str, int], Run], setting: Setting, **attrs: A
 def default_record_every(num_steps: int) -> int:
     """About fifty records per run."""
     return max(1, num_steps // 50) if isinstance(num_steps, int) else num_steps
+
+
+def plain(value: Any) -> Any:
+    """A nested value as JSON gives it back: what is stored in a file and what is not are then the same."""
+
+    def other(entry: Any) -> Any:
+        return entry.tolist() if hasattr(entry, "tolist") else str(entry)
+
+    return json.loads(json.dumps(value, default=other))
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -141,3 +188,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
 def device_of(model: nn.Module) -> torch.device:
     """Where a network's parameters are."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def recorded_steps(num_steps: int, record_every: int) -> np.ndarray:
+    """The steps that are recorded: 0, every ``record_every``-th, and the last."""
+    return np.unique(np.append(np.arange(0, num_steps, record_every), num_steps))
