@@ -256,7 +256,8 @@ def _tell(tree: xr.DataTree, folder: Path) -> None:
     metavar="NAME[=LR]",
     default=("cw-ngd", "sgd"),
     show_default=True,
-    help="cw-ngd, sgd (momentum 0.9) or adam, with a learning rate if you like; repeat for several.",
+    help="sgd (momentum 0.9), adam, adamw, cw-ngd, mbf, tengrad, fngd, projected-kfac, kfac, ekfac, k-bfgs, ngd, shampoo, tnt, unit-wise or "
+    "quasi-diagonal, with a learning rate if you like; repeat for several.",
 )
 @click.option(
     "--steps", "num_steps", type=click.IntRange(min=1), default=120, show_default=True, help="Training steps per run."
@@ -266,29 +267,91 @@ def _tell(tree: xr.DataTree, folder: Path) -> None:
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Examples per step.")
 @click.option(
+    "--record-every",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Steps between measurements; by default a fiftieth of the run.",
+)
+@click.option(
+    "--tune",
+    "num_rates",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Search first: N learning rates for every optimizer, √10 apart around its own, on a seed that is not reported.",
+)
+@click.option(
+    "--target",
+    "goals",
+    multiple=True,
+    metavar="METRIC=NUMBER",
+    help="train_loss, test_loss or test_accuracy that a run should reach, repeat for several; by default the problem's own.",
+)
+@click.option(
+    "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes for the runs; 0 is this one."
+)
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Keep finished runs in DIR/runs, so that the same command goes on where it was stopped.",
+)
+@_device
+@click.option(
     "--out", default="compare", show_default=True, metavar="DIR", help="Folder for compare.nc and compare.png."
 )
 def compare(
-    name: Any, entries: tuple[str, ...], num_steps: int, num_seeds: int, batch_size: int, out: str, **choice: Any
+    name: Any,
+    entries: tuple[str, ...],
+    num_steps: int,
+    num_seeds: int,
+    num_rates: int | None,
+    goals: tuple[str, ...],
+    device: str,
+    resume: bool,
+    out: str,
+    **options: Any,
 ) -> None:
     """Train a ready problem with several optimizers, from equal starts in equal batch order.
 
-    Prints a table, and writes compare.nc (all curves) and compare.png. Ctrl-C keeps the runs that were recorded.
+    Prints what each reached and how many steps it took to the targets, and writes compare.nc (all curves) and compare.png. A comparison at
+    learning rates that nobody searched says little: --tune gives every optimizer the same small search, and reports all of it.
+    Ctrl-C keeps the runs that were recorded; with --resume the same command does only what is missing, also after a crash.
 
     \b
     Examples:
       fisherlens compare
       fisherlens compare --problem digits-mlp -o cw-ngd=0.003 -o sgd=0.1 -o sgd=0.05 -o adam --steps 300
+      fisherlens compare -o kfac -o cw-ngd -o adam --tune 5 --target test_accuracy=0.9 --workers 2 --resume
     """  # noqa: D301
-    from fisherlens.report.folder import OutputFolder
-    from fisherlens.report.race import optimizer, picture, table
-    from fisherlens.results import save
-    from fisherlens.training import compare_optimizers, problem
+    import warnings
 
-    chosen = problem(name, **_taken(choice))
-    optimizers = {entry: optimizer(entry, chosen) for entry in entries}
+    from fisherlens.report.folder import OutputFolder
+    from fisherlens.report.race import grid, optimizer, picture, table, target
+    from fisherlens.report.subject import find_device
+    from fisherlens.results import save
+    from fisherlens.training import Tuning, compare_optimizers, problem
+    from fisherlens.training.devices import on_device
+
+    chosen = problem(name, **_taken(options))
+    optimizers = {entry: optimizer(entry, chosen, options["batch_size"]) for entry in entries}
+    targets = dict(map(target, goals)) or None
+    where = find_device(device)
+    chosen = chosen if where is None else on_device(chosen, where)
+    tune = None
+    if num_rates is not None:
+        tune = Tuning({entry: {"lr": grid(make, chosen, num_rates)} for entry, make in optimizers.items()})
     folder = OutputFolder(out, files=("compare.nc", "compare.png"), figures=False)
-    found = compare_optimizers(chosen, optimizers, num_steps=num_steps, seeds=num_seeds, batch_size=batch_size)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = compare_optimizers(
+            chosen,
+            optimizers,
+            num_steps=num_steps,
+            seeds=num_seeds,
+            tune=tune,
+            targets=targets,
+            resume=folder.path / "runs" if resume else None,
+            **options,
+        )
     save(found, folder.path / "compare.nc")
     drawn = picture(found)
     if drawn is not None:
@@ -297,6 +360,8 @@ def compare(
     click.echo(f"\n{folder.path / 'compare.nc'}   all curves: fisherlens.load({str(folder.path / 'compare.nc')!r})")
     if drawn is not None:
         click.echo(f"{folder.path / 'compare.png'}  the curves as a picture")
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
+        click.echo(message, err=True)
     if bool(found.interrupted.any()):
         raise KeyboardInterrupt("interrupted; what was recorded is saved")
 
