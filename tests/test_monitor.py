@@ -815,9 +815,9 @@ def test_the_picture(page):
         "largest",
         *lines["eigenvalue"][1:4],
         "5th largest",
-        "stable below (2/lr for plain SGD)",
+        "stability limit",
     ]
-    assert lines["alignment"] == ["gradient", "random, in the span of the scores", "random"]
+    assert lines["alignment"] == ["gradient", "random, row space", "random"]
     np.testing.assert_allclose(panels["alignment"].get_lines()[0].get_ydata(), run["alignment"])
     np.testing.assert_allclose(panels["eigenvalue"].get_lines()[-1].get_ydata(), run["stability_limit"])
     assert {ax.get_xlabel() for ax in panels.values()} == {"optimizer steps"}

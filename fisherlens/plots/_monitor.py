@@ -151,7 +151,7 @@ def _new_axes(panels: Sequence[str]) -> dict[str, Axes]:
 
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure = plt.figure(figsize=(4.3 * columns, 2.9 * rows + 0.2), layout="constrained")
+    figure = plt.figure(figsize=(4.3 * columns, 3.2 * rows + 0.2), layout="constrained")
     return {name: figure.add_subplot(rows, columns, place + 1) for place, name in enumerate(panels)}
 
 
@@ -244,7 +244,7 @@ def _eigenvalue(run: _Run, ax: Axes) -> None:
             color=common.PALETTE[1],
             linestyle=_DASHED,
             marker=None,
-            label="stable below (2/lr for plain SGD)",
+            label="stability limit",
         )
     run.set_scale(ax, values, always=True)
     ax.set_ylabel(common.wrap(common.label(array), common.span(ax, "y")))
@@ -268,7 +268,7 @@ def _effective_dimension(run: _Run, ax: Axes) -> None:
 def _alignment(run: _Run, ax: Axes) -> None:
     array = run.read("alignment")
     run.line(ax, array.values.astype(float), color=common.PALETTE[2], label="gradient")
-    run.chance(ax, "alignment_chance_in_rows", "random, in the span of the scores", _DOTTED)
+    run.chance(ax, "alignment_chance_in_rows", "random, row space", _DOTTED)
     run.chance(ax, "chance", "random")
     ax.set_ylim(-0.03, 1.03)
     ax.set_ylabel(common.wrap(common.label(array), common.span(ax, "y")))
