@@ -58,6 +58,7 @@ from fisherlens.training import (
     problem,
     problems,
     train,
+    verify,
 )
 
 __all__ = [  # noqa: RUF022 - grouped by topic
@@ -111,6 +112,7 @@ __all__ = [  # noqa: RUF022 - grouped by topic
     "compare_optimizers",
     "Tuning",
     "LogUniform",
+    "verify",
     "Monitor",
     "adapters",
     # results

@@ -1,4 +1,4 @@
-"""The command line: ``fisherlens report``, ``compare`` and ``problems``."""
+"""The command line: ``fisherlens report``, ``compare``, ``verify`` and ``problems``."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ Examples:
   fisherlens report --model nets:make --data nets:load --likelihood categorical
                                                       your own network, as it stands
   fisherlens compare --problem digits-mlp -o cw-ngd -o sgd=0.1 -o adam=1e-3
+  fisherlens verify digits-cnn                        does the analysis come true?
   fisherlens problems
 """
 
@@ -364,6 +365,83 @@ def compare(
         click.echo(message, err=True)
     if bool(found.interrupted.any()):
         raise KeyboardInterrupt("interrupted; what was recorded is saved")
+
+
+@commands.command()
+@click.argument("name", metavar="[PROBLEM]", default="digits-cnn", callback=_own_problem)
+@_data
+@click.option(
+    "--claims",
+    metavar="NAME,…",
+    help="Some of metric, stability, one_step, convergence, independence, information, sharing.",
+)
+@click.option(
+    "--seeds", "num_seeds", type=click.IntRange(min=1), default=3, show_default=True, help="How many seeds: 0, 1, …"
+)
+@click.option(
+    "--quick/--full",
+    "quick",
+    default=True,
+    show_default="quick",
+    help="Short runs and few learning rates, or longer ones.",
+)
+@click.option("--kind", default="exact", show_default=True, metavar="exact|mc|empirical", help="Which Fisher predicts.")
+@click.option(
+    "--num-examples",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Examples that F is taken on; by default the preset's.",
+)
+@click.option("--damping", type=float, metavar="λ", help="In nat; by default a hundredth of the largest eigenvalue.")
+@_device
+@click.option(
+    "--out", default="verify", show_default=True, metavar="DIR", help="Folder for verify.nc and verification.png."
+)
+def verify(name: Any, claims: str | None, num_seeds: int, quick: bool, device: str, out: str, **options: Any) -> None:
+    """Check what the analysis predicts against what training does.
+
+    PROBLEM is a ready one, see `fisherlens problems`, or MODULE:FACTORY, a function of yours that returns a fl.Problem. Prints one line per
+    claim, predicted and measured, and whether it holds; writes verify.nc and verification.png. A claim that fails is a result, so that the
+    exit code is 0 all the same. Ctrl-C keeps the claims that are finished.
+
+    \b
+    Examples:
+      fisherlens verify
+      fisherlens verify digits-mlp --claims metric,stability --seeds 5
+      fisherlens verify fashion-cnn --full --device cuda --data-dir ~/data
+    """  # noqa: D301
+    import warnings
+
+    from fisherlens.report.folder import OutputFolder
+    from fisherlens.report.subject import find_device
+    from fisherlens.report.threads import one_thread
+    from fisherlens.report.verdicts import picture, table
+    from fisherlens.results import save
+    from fisherlens.training import problem
+    from fisherlens.training import verify as check
+
+    chosen = problem(name, **_taken(options))
+    names = None if claims is None else [part.strip() for part in claims.split(",") if part.strip()]
+    found_device, preset = find_device(device), "quick" if quick else "full"
+    folder = OutputFolder(out, files=("verify.nc", "verification.png"), figures=False)
+    try:
+        with warnings.catch_warnings(record=True) as caught, one_thread(chosen.model(0)):
+            warnings.simplefilter("always")
+            found = check(chosen, names, seeds=num_seeds, preset=preset, device=found_device, **options)
+    except BaseException:
+        folder.abandon()
+        raise
+    save(found, folder.path / "verify.nc")
+    folder.write("verification.png", picture(found))
+    click.echo(table(found))
+    click.echo(
+        f"\n{folder.path / 'verify.nc'}         every number: fisherlens.load({str(folder.path / 'verify.nc')!r})"
+    )
+    click.echo(f"{folder.path / 'verification.png'}  the same as a picture")
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
+        click.echo(message, err=True)
+    if bool(found.interrupted):
+        raise KeyboardInterrupt("interrupted; the claims that were finished are saved")
 
 
 @commands.command()

@@ -56,6 +56,7 @@ def test_public_names():
         "spatial_coupling",
         "targets",
         "tuning",
+        "verification",
     )  # in files of their own
     assert sorted(plots.__all__) == sorted([*PLOTS, *elsewhere, "independence_panels", "kinds"])
 

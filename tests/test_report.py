@@ -107,7 +107,7 @@ def test_files_are_whole(kind, request):
     xr.testing.assert_identical(back, tree)
     assert back.attrs["status"] == "complete"
     pictures = sorted((folder / "figures").glob("*.png"))
-    assert len(pictures) == (12 if kind == "trained" else 10)
+    assert len(pictures) == (13 if kind == "trained" else 10)
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
 
 

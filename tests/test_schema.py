@@ -63,7 +63,7 @@ def test_stages_are_outermost_and_said_where_they_are_absent(tree):
     without = set(
         re.findall(r"^\| `(\w+)` \|[^\n]*no `stage`", SECTION.partition("Variables of the nodes")[0], re.MULTILINE)
     )
-    assert without == {"training", "segment_training", "log"}
+    assert without == {"training", "segment_training", "verify", "log"}
     for path, result in nodes(tree).items():
         if result.sizes:
             assert ("stage" in result.dims) == (path not in without), path

@@ -20,6 +20,7 @@ from fisherlens.plots._partition import partition
 from fisherlens.plots._spatial import spatial_coupling
 from fisherlens.plots._spectrum import spectrum
 from fisherlens.plots._tuning import targets, tuning
+from fisherlens.plots._verification import verification
 
 __all__ = [
     "approximations",
@@ -40,4 +41,5 @@ __all__ = [
     "spectrum",
     "targets",
     "tuning",
+    "verification",
 ]

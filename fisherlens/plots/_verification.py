@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # State of a claim → colour, marker and word: told apart by shape and word as well as by colour.
 _STATES = {"holds": (common.PALETTE[0], "o"), "fails": (common.PALETTE[1], "X"), "undecided": (common.FAINT, "D")}
 _LINEAR = 0.01  # agreement below which the axis is linear
-_TICKS = (-2.0, -1.0, -0.1, -0.01, 0.0, 0.01, 0.1, 1.0)
+_TICKS = (-1.0, -0.1, -0.01, 0.0, 0.01, 0.1, 1.0)
 
 
 def verification(
@@ -149,33 +149,25 @@ def _strokes(ax: Axes, places: np.ndarray, dataset: xr.Dataset, relations: np.nd
 
 def _numbers(ax: Axes, places: np.ndarray, dataset: xr.Dataset) -> None:
     """Predicted and measured with their units, in columns at the right."""
-    heads: list[tuple[float, str, Any]] = [
-        (1.02, "predicted", dataset["predicted"].values),
-        (1.16, "measured", dataset["measured"].values),
-    ]
-    across = ax.get_yaxis_transform()
-    style = {"fontsize": common.NOTE_SIZE, "color": common.INK, "transform": across, "clip_on": False}
-    for x, head, values in heads:
-        ax.text(x, -0.85, head, va="center", weight="bold", **style)
-        for place, value in zip(places, values, strict=True):
-            ax.text(x, place, _short(float(value)), va="center", **style)
     units = dataset["unit"].values if "unit" in dataset else np.array(["1"] * len(places))
-    for place, unit in zip(places, units, strict=True):
-        if str(unit) != "1":
-            ax.text(1.29, place, str(unit), va="center", **style)
+    style = {"fontsize": common.NOTE_SIZE, "color": common.INK, "transform": ax.get_yaxis_transform(), "va": "center"}
+    for x, name in ((1.02, "predicted"), (1.19, "measured")):
+        ax.text(x, -0.85, name, weight="bold", **style)
+        for place, value, unit in zip(places, dataset[name].values, units, strict=True):
+            ax.text(x, place, _short(float(value)) + ("" if str(unit) == "1" else f" {unit}"), **style)
 
 
 def _short(value: float) -> str:
     if not np.isfinite(value):
         return "–" if np.isnan(value) else "never" if value > 0 else "−∞"
-    return f"{value:.3g}"
+    return f"{value:.3g}".replace("-", "−")
 
 
 def _frame(ax: Axes, names: list[str], states: np.ndarray) -> None:
     common.tidy(ax, grid="x")
     ax.set_ylim(len(names) - 0.4, -1.2)
     ax.set_xlim(-2.0, 1.15)
-    ax.set_xticks(_TICKS, ["−200 %", "−100 %", "−10 %", "−1 %", "0", "1 %", "10 %", "100 %"])
+    ax.set_xticks(_TICKS, ["−100 %", "−10 %", "−1 %", "0", "1 %", "10 %", "100 %"])
     ax.minorticks_off()
     ax.set_xlabel("measured beside predicted, relative difference")
     common.name_ticks(ax, "y", list(range(len(names))), names)

@@ -136,6 +136,7 @@ from fisherlens.reference.optim_means import (
 from fisherlens.reference.optim_rows import blockwise_step, fngd_step, ngd_step, reduced_rows, tengrad_step
 from fisherlens.reference.optimizers import cw_ngd_step
 from fisherlens.reference.standins import low_rank, projected_factor, quasi_diagonal, shared_blocks
+from fisherlens.reference.verification import energies, stable_rate
 
 __all__ = [
     "Blocks",
@@ -168,6 +169,7 @@ __all__ = [
     "ekfac_mean_block",
     "ellipse_semi_axes",
     "empirical_fisher",
+    "energies",
     "energy_captured",
     "energy_noise_floor",
     "error_split",
@@ -227,6 +229,7 @@ __all__ = [
     "space_gap",
     "space_overlap",
     "spectrum",
+    "stable_rate",
     "step_with",
     "symmetric_power",
     "tengrad_step",

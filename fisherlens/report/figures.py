@@ -304,6 +304,15 @@ def _segment_training(tree: xr.DataTree) -> Canvas | None:
     return canvas
 
 
+def _verification(tree: xr.DataTree) -> Canvas | None:
+    found = findings.node(tree, "verify")
+    if found is None or not np.isfinite(found.agreement.values).any():
+        return None
+    canvas = _canvas(1.5 + 0.3 * found.sizes["claim"])
+    plots.verification(found, canvas.subplots())
+    return canvas
+
+
 def _segment_shade(tree: xr.DataTree, name: str) -> str:
     """The colour that a segmentation has in every figure: that of its place among all of them."""
     judged = findings.node(tree, "independence")
@@ -324,6 +333,7 @@ _FIGURES: dict[str, Callable[[xr.DataTree], Canvas | None]] = {
     "one-step": _one_step,
     "training": _training,
     "segment-training": _segment_training,
+    "verification": _verification,
 }
 
 FIGURE_NAMES = tuple(_FIGURES)

@@ -22,13 +22,14 @@ _STATUS = {
     "interrupted": "**This report is incomplete.** It was interrupted ({reason}). What was finished before is shown; the rest is missing.",
     "failed": "**This report is incomplete.** It ended with an error ({reason}). What was finished before is shown; the rest is missing.",
 }
+_OF_PROBLEMS = ("training", "verification")  # sections on what only a problem has
 
 
 def page(tree: xr.DataTree, pictures: Mapping[str, Figure]) -> str:
     """Write the page of a report from its results and figures; it loads nothing from anywhere."""
     view = View(tree, pictures)
     with np.errstate(all="ignore"):  # a ratio of zeros is shown as a dash
-        answers = [build(view) for build in ANSWERS if view.trained or build.__name__ != "training"]
+        answers = [build(view) for build in ANSWERS if view.trained or build.__name__ not in _OF_PROBLEMS]
     rest = [made(view), words_used()]
     title = f"Fisher report: {view.facts['subject']}"
     return (

@@ -24,14 +24,15 @@ from fisherlens.report.store import DATA_FILE, Store
 from fisherlens.report.subject import Subject, default_examples, device_of, find_device, find_subject, take_examples
 from fisherlens.report.threads import one_thread
 from fisherlens.scores import KINDS, parse_memory
-from fisherlens.training import Problem
+from fisherlens.training import Problem, verify
 from fisherlens.training.loop import MakeOptimizer
 
 if TYPE_CHECKING:
     import xarray as xr
 
 AS_GIVEN = "as given"
-_TRAIN_WEIGHT, _SEGMENT_WEIGHT, _PAGE_WEIGHT = 3.0, 9.0, 6.0
+_TRAIN_WEIGHT, _SEGMENT_WEIGHT, _VERIFY_WEIGHT, _PAGE_WEIGHT = 3.0, 9.0, 4.0, 6.0
+_CLAIMS = ("metric", "one_step")  # those that take seconds; `fisherlens verify` checks all
 
 
 def report(
@@ -99,7 +100,7 @@ def report(
     Returns
     -------
     DataTree, as ``fl.load(out / "report.nc")`` gives it back: ``fisher``, ``spectrum``, ``information``, ``units``, ``coupling``,
-    ``segments/<layer>``, ``segment_relations``, ``independence``, ``one_step`` (each along the dim ``stage``), ``training``, ``segment_training``,
+    ``segments/<layer>``, ``segment_relations``, ``independence``, ``one_step`` (each along the dim ``stage``), ``training``, ``segment_training``, ``verify``,
     ``key_numbers`` and ``log``.
 
     Raises
@@ -247,6 +248,18 @@ def _work(
             meter(stage, stages.STAGE_WEIGHT)
             continue
         stages.analyse(store, stage, F, model, data, setting, meter)
+    _verify(store, subject.problem, setting, plan, count)
+    meter("claims", _VERIFY_WEIGHT)
+
+
+def _verify(store: Store, problem: Problem, setting: stages.Setting, plan: _Training, count: int) -> None:
+    """Check the claims that take seconds, on the seeds of training."""
+    with store.task("claims against training"):
+        options = {"seeds": list(plan.seeds), "kind": setting.kind, "num_examples": count}
+        found = verify(problem, _CLAIMS, **options, device=plan.options["device"], progress=False)
+        store.put("verify", found)
+        if bool(found.interrupted):  # what was finished is kept; the report ends here all the same
+            raise KeyboardInterrupt
 
 
 def _train(
@@ -314,7 +327,7 @@ def _meter(subject: Subject, progress: bool | None) -> Iterator[Any]:
     """One bar over the whole report, in per cent of its usual time."""
     trained = subject.problem is not None
     total = stages.STAGE_WEIGHT * (len(training.STAGES) if trained else 1) + _PAGE_WEIGHT
-    total += (_TRAIN_WEIGHT + _SEGMENT_WEIGHT) if trained else 0.0
+    total += (_TRAIN_WEIGHT + _SEGMENT_WEIGHT + _VERIFY_WEIGHT) if trained else 0.0
     with progress_bar(100, desc="report", enabled=progress) as bar:
         bar.bar_format = "{desc:<28.28s} {percentage:3.0f}%|{bar}| {elapsed}"
 

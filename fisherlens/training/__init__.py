@@ -6,6 +6,7 @@ from fisherlens.training.loop import train
 from fisherlens.training.monitor import Monitor
 from fisherlens.training.problems import Problem, problem, problems
 from fisherlens.training.tune import LogUniform, Tuning
+from fisherlens.training.verify import verify
 
 __all__ = [
     "LogUniform",
@@ -17,4 +18,5 @@ __all__ = [
     "problem",
     "problems",
     "train",
+    "verify",
 ]

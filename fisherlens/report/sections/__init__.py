@@ -8,8 +8,9 @@ from fisherlens.report.sections.segments import segments
 from fisherlens.report.sections.spectrum import spectrum
 from fisherlens.report.sections.steps import steps
 from fisherlens.report.sections.training import training
+from fisherlens.report.sections.verification import verification
 
 # In the order of the page.
-ANSWERS = (information, spectrum, coupling, segments, segmentations, steps, training)
+ANSWERS = (information, spectrum, coupling, segments, segmentations, steps, training, verification)
 
 __all__ = ["ANSWERS", "made", "words_used"]
