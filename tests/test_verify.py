@@ -283,6 +283,20 @@ def test_result_is_labelled_and_survives_a_file(truth, tmp_path):
     assert back.attrs["settings"] == truth.attrs["settings"]
 
 
+def test_a_row_can_be_asked_for_by_its_name(line):
+    found = fl.verify(line, ["one_step/order", "metric/top"], seeds=1)
+    assert found.claim.values.tolist() == ["metric/top", "one_step/order"]
+    assert found.attrs["n_data"] == 60  # all of them, where there are few
+
+
+def test_few_examples_where_outputs_are_many():
+    x = torch.rand(300, 40, generator=torch.Generator().manual_seed(2))
+    wide = fl.Problem("wide", "Itself.", lambda: nn.Linear(40, 40), (x, x), (x, x), "bernoulli")
+    assert Subject(wide).num_examples == 2500 // 40
+    assert Subject(wide, num_examples=90).num_examples == 90
+    assert len(Subject(wide).data[0]) == 62
+
+
 def test_two_runs_agree_and_nothing_outside_changes(line):
     model = line.model(0)
     held = fl.Problem("held", "Returns one and the same model.", lambda: model, line.train, line.test, line.likelihood)
@@ -337,6 +351,7 @@ def test_series_of_claims_do_not_overwrite_each_other(line, monkeypatch):
     ("options", "error", "text"),
     [
         ({"claims": "metrc"}, InputError, "Unknown claim 'metrc'. Did you mean 'metric'?"),
+        ({"claims": ["metric/tip"]}, InputError, "Unknown claim 'metric/tip'. Did you mean 'metric/top'?"),
         ({"claims": []}, InputError, "claims must name at least one claim; got none"),
         ({"preset": "quik"}, InputError, "Unknown preset 'quik'. Did you mean 'quick'?"),
         ({"kind": "hessian"}, InputError, "Unknown kind 'hessian'"),

@@ -98,7 +98,7 @@ def verify(
     problem
         A :class:`Problem`, or the name of one.
     claims
-        Names of claims, or one; None for all.
+        Names of claims, or one; None for all. The name of a row, ``"metric/top"``, leaves the other rows of its claim out.
     operator
         Takes the place of the Fisher in every prediction, so that a claim can be made false: an operator with ``@`` (a Fisher, an
         approximation, an ``Operator``), or a function that returns one, of ``(model, data, likelihood)`` or of the Fisher alone. What is
@@ -107,12 +107,13 @@ def verify(
         How many seeds, 0, 1, …, or the seeds themselves. A seed fixes initial parameters, examples and batch order. Uncertainty
         is that over seeds: one seed decides without any.
     preset
-        ``"quick"``: 128 examples, parameters after 100 steps of Adam, short runs; ``"full"``: 512 examples, 400 steps, longer runs and
+        ``"quick"``: 128 examples, parameters after 100 steps of Adam, short runs; ``"full"``: 256 examples, 400 steps, longer runs and
         more learning rates.
     kind
         Of the Fisher that predicts, as in :class:`Fisher`.
     num_examples
-        Examples that F, losses and divergences are taken on; None for the preset's.
+        Examples that F, losses and divergences are taken on; None for the preset's, for all where there are at most twice as many, and for
+        fewer where outputs are so many that complete spectra would take long.
     damping
         λ in nat where a claim needs one; None for a hundredth of the largest eigenvalue of F (our choice).
     device
@@ -179,10 +180,10 @@ def verify(
         ]
         if operator is not None:
             _ = subjects[0].fisher  # a wrong one shows here, not as a claim that could not be checked
-        for name in names:
+        for name, rows in names.items():
             bar.set_description(name)
             try:
-                found[name] = Claim.of(CLAIMS[name](subjects))
+                answer = Claim.of(CLAIMS[name](subjects))
             except KeyboardInterrupt:
                 if not found:
                     raise
@@ -190,6 +191,8 @@ def verify(
                 break
             except FisherLensError as error:
                 skipped[name] = error
+            else:
+                found[name] = _only(answer, rows)
             bar.update(1)
     if not found:
         raise next(iter(skipped.values()))
@@ -198,18 +201,28 @@ def verify(
     return _dataset(found, subjects, skipped, interrupted)
 
 
-def _chosen(claims: str | Sequence[str] | None) -> list[str]:
-    """The claims to check, in their order."""
-    if claims is None:
-        return list(_CLAIMS)
-    given = [claims] if isinstance(claims, str) else list(claims)
-    for name in given:
-        if name not in _CLAIMS:
-            hint = errors.nearest(str(name), _CLAIMS)
-            raise InputError(errors.UNKNOWN_NAME.format(what="claim", name=name, hint=hint))
+def _chosen(claims: str | Sequence[str] | None) -> dict[str, set[str]]:
+    """The claims to check, in their order, each with the rows that were asked for by name; none of them means all."""
+    given = list(_CLAIMS) if claims is None else [claims] if isinstance(claims, str) else list(claims)
     if not given:
         raise InputError(f"claims must name at least one claim; got none. Known: {', '.join(_CLAIMS)}; None takes all.")
-    return [name for name in _CLAIMS if name in given]
+    wanted: dict[str, set[str]] = {}
+    for name in given:
+        claim, _, case = str(name).partition("/")
+        if claim not in _CLAIMS:
+            hint = errors.nearest(str(name), _CLAIMS)
+            raise InputError(errors.UNKNOWN_NAME.format(what="claim", name=name, hint=hint))
+        wanted.setdefault(claim, set()).add(str(name) if case else "")
+    return {claim: set() if "" in wanted[claim] else wanted[claim] for claim in _CLAIMS if claim in wanted}
+
+
+def _only(claim: Claim, rows: set[str]) -> Claim:
+    """The rows of a claim that were asked for."""
+    known = [row.name for row in claim.rows]
+    for name in rows:
+        if name not in known:
+            raise InputError(errors.UNKNOWN_NAME.format(what="claim", name=name, hint=errors.nearest(name, known)))
+    return Claim(tuple(row for row in claim.rows if not rows or row.name in rows), claim.curves)
 
 
 def _seeds(seeds: int | Sequence[int]) -> list[int]:
@@ -270,7 +283,7 @@ def _dataset(
         problem=first.problem.name,
         kind=first.kind,
         likelihood=first.likelihood.name,
-        n_data=min(first.num_examples, len(first.problem.train[0])),
+        n_data=first.num_examples,
         seed=seeds[0] if len(seeds) == 1 else np.array(seeds),
         skipped=reasons,
         **describe(first.model),

@@ -55,7 +55,8 @@ class Budget:
     rates: int
 
 
-BUDGETS = {"quick": Budget(128, 100, 40, 60, 5), "full": Budget(512, 400, 100, 300, 9)}
+BUDGETS = {"quick": Budget(128, 100, 40, 60, 5), "full": Budget(256, 400, 100, 300, 9)}
+_MOST_ROWS = {"quick": 2500, "full": 5000}  # of the score matrix, whose Gram matrix is decomposed
 _OF_PARAMETERS = (
     "model",
     "layout",
@@ -82,7 +83,8 @@ class Subject:
     kind
         Of the Fisher that predicts.
     num_examples
-        Examples that F is taken on; None for those of the preset, and never more than there are.
+        Examples that F is taken on, never more than there are; None for those of the preset, for all where there are at most twice as many,
+        and for fewer where each has so many score columns that complete spectra would take long.
     operator
         Takes the place of the Fisher in every prediction: see :data:`OPERATOR`.
     preset
@@ -118,7 +120,7 @@ class Subject:
     ):
         self.problem, self.seed, self.kind, self.operator, self.preset = problem, seed, kind, operator, preset
         self.budget = BUDGETS[preset] if budget is None else budget
-        self.num_examples = self.budget.num_examples if num_examples is None else num_examples
+        self._num_examples = num_examples
         self.given_damping, self._device = damping, device
         self._tick = tick
 
@@ -157,15 +159,24 @@ class Subject:
         return _in_float64(model, self.problem.train[0][:1])
 
     @cached_property
+    def num_examples(self) -> int:
+        """How many examples F is taken on."""
+        inputs, targets = self.problem.train
+        if self._num_examples is not None:
+            return min(self._num_examples, len(inputs))
+        few = self.budget.num_examples
+        count = len(inputs) if len(inputs) <= 2 * few else few
+        example, label = (_to(part[:1], self.model) for part in (inputs, targets))
+        with torch.no_grad():
+            columns = self.likelihood.bind(_logits(self.model(example)), label, at=slice(0, 1)).num_columns
+        return max(min(count, 4), min(count, _MOST_ROWS[self.preset] // max(columns, 1)))
+
+    @cached_property
     def data(self) -> Pair:
         """``num_examples`` of the training data, drawn by the seed, on the network's device and in its dtype."""
         inputs, targets = self.problem.train
-        count = min(self.num_examples, len(inputs))
-        index = torch.randperm(len(inputs), generator=self.generator(1))[:count].sort().values
-        device, dtype = device_of(self.model), next(self.model.parameters()).dtype
-        pair = (part[index.to(part.device)].to(device) for part in (inputs, targets))
-        x, y = (part.to(dtype) if part.is_floating_point() else part for part in pair)
-        return x, y
+        index = torch.randperm(len(inputs), generator=self.generator(1))[: self.num_examples].sort().values
+        return _to(inputs[index.to(inputs.device)], self.model), _to(targets[index.to(targets.device)], self.model)
 
     @cached_property
     def layout(self) -> Layout:
@@ -312,6 +323,12 @@ def _logits(answer: Any) -> Tensor:
     if isinstance(answer, Tensor):
         return answer
     return answer["logits"] if isinstance(answer, dict) else answer.logits
+
+
+def _to(part: Tensor, model: nn.Module) -> Tensor:
+    """A part of the data where the network is, and real numbers in its dtype."""
+    part = part.to(device_of(model))
+    return part.to(next(model.parameters()).dtype) if part.is_floating_point() else part
 
 
 def _in_float64(model: nn.Module, example: Tensor) -> nn.Module:
