@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from factor_samples import first_step, resumed, stored
+from factor_samples import first_step, resumed
 from optim_samples import count_hooks
-from test_cwngd import NETWORKS, Normed, backpropagate, flat, make, rows_of, seeded, summed
+from test_cwngd import NETWORKS, Normed, backpropagate, flat, make, rows_of, seeded
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -211,25 +211,6 @@ def test_wrong_warm_starts_are_refused():
 # --- the ordinary loop -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("labels", ["true", "sampled"])
-def test_accumulated_batches_and_summed_losses_give_the_same_step(labels):
-    results = []
-    for way in ("whole", "parts", "summed"):
-        model, x, y = make("strided")
-        opt = MBF(model, **PLAIN, labels=labels, refresh=1, reduction="sum" if way == "summed" else "mean")
-        for _ in range(3):
-            opt.zero_grad()
-            if way == "parts":
-                for at in (slice(0, 3), slice(3, 7)):
-                    (functional.cross_entropy(model(x[at]), y[at]) * len(x[at]) / 7).backward()
-            else:
-                (summed if way == "summed" else functional.cross_entropy)(model(x), y).backward()
-            opt.step()
-        results.append(flat(model))
-    for other in results[1:]:
-        torch.testing.assert_close(other, results[0], rtol=1e-8, atol=1e-10)
-
-
 class Folded(nn.Module):
     def __init__(self):
         super().__init__()
@@ -247,22 +228,6 @@ def test_mean_gradients_do_not_ask_where_the_examples_are():
     torch.testing.assert_close(step, expected(opt, gradient, gradient, "B"), rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["dense", "groups", "shared"])
-def test_single_precision_stays_single_and_close(name):
-    steps = []
-    for dtype in (torch.float64, torch.float32):
-        model, x, y = make(name)
-        model, x = model.to(dtype), x.to(dtype)
-        before = flat(model)
-        opt = MBF(model, lr=1e-3, damping=0.01)
-        for _ in range(12):
-            backpropagate(opt, model, x, y)
-            opt.step()
-        assert flat(model).dtype == dtype
-        steps.append((flat(model) - before).double())
-    assert torch.linalg.vector_norm(steps[1] - steps[0]) < 1e-3 * torch.linalg.vector_norm(steps[0])
-
-
 @pytest.mark.parametrize(
     "options", [{}, {"labels": "sampled", "refresh": 2, "inverse_refresh": 3, "weight_decay": 0.1, "kl_clip": 1e-3}]
 )
@@ -270,24 +235,6 @@ def test_a_resumed_run_is_bitwise_equal(options):
     state = torch.get_rng_state()
     assert resumed(MBF, {"lr": 1e-3} | options)
     assert torch.equal(state, torch.get_rng_state())
-
-
-def test_refused_steps_change_nothing():
-    model, x, y = make("groups")
-    opt = MBF(model, refresh=1)
-    backpropagate(opt, model, x, y)
-    opt.step()
-    before, state = flat(model), stored(opt)
-    backpropagate(opt, model, x, y)
-    model[5].weight.grad[0, 0] = torch.inf
-    with pytest.raises(NonFiniteError, match=r"The gradient of parameter '5.weight' holds NaN or infinity"):
-        opt.step()
-    opt.zero_grad()
-    (1e160 * functional.cross_entropy(model(x), y)).backward()
-    with pytest.raises(NonFiniteError, match=r"The scores of layer '0' hold NaN or infinity in their second moments"):
-        opt.step()
-    assert torch.equal(flat(model), before)
-    assert stored(opt) == state
 
 
 def test_embeddings_take_the_announced_fallback_and_may_be_frozen():

@@ -1,4 +1,4 @@
-"""What holds for every method that is built from factors or mean gradients, in the ordinary loop."""
+"""What holds for every method, or for those that are built from factors or mean gradients, in the ordinary loop."""
 
 import copy
 import gc
@@ -6,7 +6,10 @@ import pickle
 
 import pytest
 import torch
+from factor_samples import stored
+from optim_methods import ALL, FACTORS, SETTLED, unclipped
 from optim_samples import count_hooks, data, flat, loss_of, network, seeded
+from test_cwngd import backpropagate, make, summed
 from torch import nn
 from torch.nn import functional
 
@@ -14,23 +17,18 @@ from fisherlens import Fisher
 from fisherlens.errors import InputError, NonFiniteError, NumericalWarning
 from fisherlens.optim import EKFAC, KBFGS, KFAC, MBF, TNT, ProjectedKFAC, Shampoo
 
-METHODS = {
-    "mbf": lambda m, **k: MBF(m, **{"lr": 1e-3, "damping": 0.01} | k),
-    "mbf sampled": lambda m, **k: MBF(m, **{"lr": 1e-3, "damping": 0.01, "labels": "sampled", "refresh": 1} | k),
-    "kfac": lambda m, **k: KFAC(m, **{"labels": "true"} | k),
-    "kfac factored": lambda m, **k: KFAC(m, **{"preset": "paper"} | k),
-    "ekfac": lambda m, **k: EKFAC(m, **{"inverse_refresh": 2} | k),
-    "projected": lambda m, **k: ProjectedKFAC(m, **{"rank": 3, "labels": "true", "inverse_refresh": 2} | k),
-    "shampoo": lambda m, **k: Shampoo(m, **{"lr": 0.05, "inverse_refresh": 2} | k),
-    "tnt": lambda m, **k: TNT(m, **{"lr": 1e-3, "damping": 0.01, "refresh": 2} | k),
-    "k-bfgs": lambda m, **k: KBFGS(m, **{"lr": 0.1} | k),
-    "k-bfgs(l)": lambda m, **k: KBFGS(m, **{"lr": 0.1, "memory": 2} | k),
-}
 
-
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=FACTORS)
 def build(request):
-    return METHODS[request.param]
+    return FACTORS[request.param]
+
+
+FAST = ("fngd",)  # to be traced
+
+
+@pytest.fixture(params=ALL)
+def every(request):
+    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -62,9 +60,9 @@ def normed():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_it_learns_and_keeps_its_dtype(build, dtype):
+def test_it_learns_and_keeps_its_dtype(every, dtype):
     model, batch = network(dtype), data(24, dtype)
-    opt = build(model)
+    opt = ALL[every](model)
     losses = [step(opt, model, batch) for _ in range(25)]
     assert losses[-1] < losses[0] - 0.02
     assert flat(model).dtype == dtype
@@ -81,9 +79,9 @@ def test_batch_norm_and_groups_in_training_mode(build):
     assert model.training
 
 
-def test_schedulers_reach_the_learning_rate(build):
+def test_schedulers_reach_the_learning_rate(every):
     model, batch = network(), data()
-    opt = build(model, momentum=0.0, weight_decay=0.1)
+    opt = ALL[every](model, momentum=0.0, weight_decay=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda epoch: float(epoch == 0))
     before = flat(model)
     step(opt, model, batch)
@@ -94,33 +92,33 @@ def test_schedulers_reach_the_learning_rate(build):
     assert torch.equal(flat(model), after)
 
 
-def test_weight_decay_is_decoupled(build):
+def test_weight_decay_is_decoupled(every):
     model, batch = network(), data()
     twin, before = copy.deepcopy(model), flat(model)
     for net, decay in ((model, 0.2), (twin, 0.0)):
-        opt = build(net, weight_decay=decay, kl_clip=None)
+        opt = ALL[every](net, weight_decay=decay, **unclipped(every))
         step(opt, net, batch)
     torch.testing.assert_close(flat(model), flat(twin) - opt.param_groups[0]["lr"] * 0.2 * before)
 
 
-def test_zero_grad_both_ways(build):
+def test_zero_grad_both_ways(every):
     results = []
     for set_to_none in (True, False):
         model = network()
-        opt = build(model)
+        opt = ALL[every](model)
         for _ in range(3):
             step(opt, model, data(), set_to_none=set_to_none)
         results.append(flat(model))
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("mbf sampled", "kfac factored", "tnt")])
+@pytest.mark.parametrize("name", [name for name in FACTORS if name not in ("mbf sampled", "kfac factored", "tnt")])
 def test_what_happens_in_between_changes_nothing(name):
     """With sampled labels a forward pass with gradients draws some."""
     results = []
     for between in (False, True):
         model, batch = network(), data()
-        opt = METHODS[name](model)
+        opt = FACTORS[name](model)
         for _ in range(3):
             step(opt, model, batch)
             if between:
@@ -135,9 +133,8 @@ def test_what_happens_in_between_changes_nothing(name):
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("name", ["mbf", "projected", "k-bfgs"])
-def test_models_can_be_copied_and_hooks_go_with_the_optimizer(name):
-    model, build = network(), METHODS[name]
+def test_models_can_be_copied_and_hooks_go_with_the_optimizer(every):
+    model, build = network(), ALL[every]
     opt = build(model)
     step(opt, model, data())
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
@@ -148,6 +145,85 @@ def test_models_can_be_copied_and_hooks_go_with_the_optimizer(name):
     del opt
     gc.collect()
     assert count_hooks(model) == 0
+
+
+@pytest.mark.filterwarnings("ignore")  # of the tracer
+@pytest.mark.parametrize("name", [x if x in FAST else pytest.param(x, marks=pytest.mark.slow) for x in ALL])
+def test_compiled_models(name):
+    """Traced, without a compiler: the hooks take part in the graph."""
+    results = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model = network()
+        opt = ALL[name](model)
+        called = torch.compile(model, backend="eager") if compiled else model
+        for _ in range(4):
+            opt.zero_grad()
+            loss_of(called, data()).backward()
+            opt.step()
+        results.append(flat(model))
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+
+
+def test_parts_of_a_batch_and_a_summed_loss_give_the_same_steps(every):
+    results = []
+    for way in ("whole", "parts", "summed"):
+        model, x, y = make("strided")
+        options = SETTLED.get(every, {})
+        opt = ALL[every](model, reduction="sum" if way == "summed" else "mean", **options)
+        for _ in range(3):
+            opt.zero_grad()
+            if way == "parts":
+                for at in (slice(0, 3), slice(3, 7)):
+                    (functional.cross_entropy(model(x[at]), y[at]) * len(x[at]) / 7).backward()
+            else:
+                (summed if way == "summed" else functional.cross_entropy)(model(x), y).backward()
+            opt.step()
+        results.append(flat(model))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["dense", "groups", "shared"])
+def test_single_precision_stays_single_and_close(every, name):
+    steps = []
+    for dtype in (torch.float64, torch.float32):
+        model, x, y = make(name)
+        model, x = model.to(dtype), x.to(dtype)
+        before = flat(model)
+        opt = ALL[every](model, damping=0.1)
+        for _ in range(4):
+            backpropagate(opt, model, x, y)
+            opt.step()
+        assert flat(model).dtype == dtype
+        steps.append((flat(model) - before).double())
+    assert torch.linalg.vector_norm(steps[1] - steps[0]) < 1e-3 * torch.linalg.vector_norm(steps[0])
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if not name.startswith("k-bfgs")])
+def test_refused_steps_change_nothing(name):
+    steps = []
+    for refusing in (True, False):
+        model, x, y = make("groups")
+        opt = ALL[name](model, **{} if name == "fngd" else {"labels": "true"}, refresh=1)
+        backpropagate(opt, model, x, y)
+        opt.step()
+        if refusing:
+            before, state = flat(model), stored(opt)
+            backpropagate(opt, model, x, y)
+            model[5].weight.grad[0, 0] = torch.nan
+            with pytest.raises(NonFiniteError, match=r"The gradient of parameter '5.weight' holds NaN or infinity"):
+                opt.step()
+            opt.zero_grad()
+            (1e160 * functional.cross_entropy(model(x), y)).backward()
+            with pytest.raises(NonFiniteError, match=r"The scores of layer '.*' hold NaN or infinity"):
+                opt.step()
+            assert torch.equal(flat(model), before)
+            assert stored(opt) == state
+        backpropagate(opt, model, x, y)
+        opt.step()
+        steps.append(flat(model))
+    assert torch.equal(*steps)
 
 
 class Halted(nn.Module):
@@ -209,13 +285,13 @@ def test_autocast_keeps_statistics_in_single_precision(build):
     assert functional.cosine_similarity(*moved, dim=0) > 0.9
 
 
-TRUE = [name for name in METHODS if name not in ("mbf sampled", "kfac factored", "tnt", "k-bfgs", "k-bfgs(l)")]
+TRUE = [name for name in FACTORS if name not in ("mbf sampled", "kfac factored", "tnt", "k-bfgs", "k-bfgs(l)")]
 
 
 @pytest.mark.parametrize("name", TRUE)
 def test_statistics_that_overflow_are_refused(name):
     model, batch = network(torch.float32), data(8, torch.float32)
-    opt = METHODS[name](model, refresh=1)
+    opt = FACTORS[name](model, refresh=1)
     step(opt, model, batch)
     before = flat(model)
     with pytest.raises(NonFiniteError, match="The scores of layer '0' hold NaN or infinity in their second moments"):
@@ -256,17 +332,17 @@ def test_a_state_of_another_shape_is_refused(build):
 
 
 def test_states_of_other_options_are_refused():
-    for make, other in (
+    for method, other in (
         (ProjectedKFAC, {"rank": 2}),
         (MBF, {"variant": "A"}),
         (Shampoo, {"block": 2}),
         (KBFGS, {"memory": 3}),
     ):
         model = network()
-        opt = make(model)
+        opt = method(model)
         step(opt, model, data())
         with pytest.raises(InputError, match=r"its averages have shapes .* where those of these options have"):
-            make(network(), **other).load_state_dict(opt.state_dict())
+            method(network(), **other).load_state_dict(opt.state_dict())
 
 
 def test_an_unused_parameter_is_left_alone(build):
@@ -298,12 +374,12 @@ def test_a_weight_used_past_its_module():
             return self.out(torch.tanh(functional.linear(x, self.first.weight, self.first.bias)))
 
     batch = torch.ones(3, 4, dtype=torch.float64), torch.tensor([0, 1, 2])
-    for make in (KFAC, EKFAC, ProjectedKFAC, KBFGS):
+    for method in (KFAC, EKFAC, ProjectedKFAC, KBFGS):
         model = seeded(Direct)
         with pytest.warns(
-            NumericalWarning, match=f"{make.__name__} saw a gradient of 'first.weight', 'first.bias', but"
+            NumericalWarning, match=f"{method.__name__} saw a gradient of 'first.weight', 'first.bias', but"
         ):
-            step(make(model), model, batch)
-    for make in (MBF, Shampoo):
+            step(method(model), model, batch)
+    for method in (MBF, Shampoo):
         model = seeded(Direct)
-        step(make(model), model, batch)
+        step(method(model), model, batch)

@@ -78,15 +78,6 @@ def test_a_step_needs_a_backward_pass_before_it():
         opt.step()
 
 
-def test_a_gradient_scaler_is_refused():
-    model, batch = network(torch.float32), data(dtype=torch.float32)
-    opt = CWNGD(model, **OPTIONS)
-    scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(loss_of(model, batch)).backward()
-    with pytest.raises(InputError, match="CWNGD was stepped by a GradScaler, whose scaled loss would enter"):
-        scaler.step(opt)
-
-
 def test_examples_must_stay_on_the_first_axis():
     class Folded(nn.Module):
         def __init__(self):

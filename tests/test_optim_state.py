@@ -85,7 +85,7 @@ def test_it_cannot_be_copied_itself():
     opt = CWNGD(network(), **OPTIONS)
     with pytest.raises(TypeError, match=r"CWNGD cannot be copied or pickled, .* Save opt.state_dict\(\)"):
         copy.deepcopy(opt)
-    with pytest.raises(InputError, match="CWNGD has one parameter group"):
+    with pytest.raises(InputError, match="CWNGD takes its parameter groups when it is built, as statistics"):
         opt.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
 
 

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from factor_samples import factors, first_step, layers_of, resumed, stored
+from factor_samples import factors, first_step, layers_of, resumed
 from optim_samples import count_hooks
-from test_cwngd import NETWORKS, backpropagate, flat, make, summed
+from test_cwngd import NETWORKS, backpropagate, flat, make
 from torch.nn import functional
 
-import fisherlens.optim.projected_kfac as module
-from fisherlens.errors import InputError, NonFiniteError, NumericalWarning
+import fisherlens.optim.projection as module
+from fisherlens.errors import InputError, NumericalWarning
 from fisherlens.optim.kfac import KFAC
 from fisherlens.optim.projected_kfac import ProjectedKFAC
 from fisherlens.optim.projection import Side, apply_side, damping_columns, recursive_inverse
@@ -191,42 +191,6 @@ def test_kl_clip_and_rescaling():
         torch.testing.assert_close(steps[2][index].norm(), 0.1 * gradient[index].norm())
 
 
-@pytest.mark.parametrize("labels", ["true", "sampled"])
-def test_accumulated_batches_and_summed_losses_give_the_same_step(labels):
-    results = []
-    for way in ("whole", "parts", "summed"):
-        model, x, y = make("strided")
-        options = PLAIN | {"labels": labels, "ema": 0.0, "rank": 3, "inverse_refresh": 2}
-        opt = ProjectedKFAC(model, **options, reduction="sum" if way == "summed" else "mean")
-        for _ in range(3):
-            opt.zero_grad()
-            if way == "parts":
-                for at in (slice(0, 3), slice(3, 7)):
-                    (functional.cross_entropy(model(x[at]), y[at]) * len(x[at]) / 7).backward()
-            else:
-                (summed if way == "summed" else functional.cross_entropy)(model(x), y).backward()
-            opt.step()
-        results.append(flat(model))
-    for other in results[1:]:
-        torch.testing.assert_close(other, results[0], rtol=1e-7, atol=1e-9)
-
-
-@pytest.mark.parametrize("name", ["dense wide", "strided", "groups", "shared"])
-def test_single_precision_stays_single_and_close(name):
-    steps = []
-    for dtype in (torch.float64, torch.float32):
-        model, x, y = make(name)
-        model, x = model.to(dtype), x.to(dtype)
-        opt = ProjectedKFAC(model, **PLAIN | {"damping": 0.1}, rank=3, inverse_refresh=2)
-        before = flat(model)
-        for _ in range(3):
-            backpropagate(opt, model, x, y)
-            opt.step()
-        assert flat(model).dtype == dtype
-        steps.append((flat(model) - before).double())
-    assert torch.linalg.vector_norm(steps[1] - steps[0]) < 1e-3 * torch.linalg.vector_norm(steps[0])
-
-
 @pytest.mark.parametrize(
     "options", [{"rank": 3, "inverse_refresh": 3}, {"labels": "true", "refresh": 2, "ema": 0.0, "weight_decay": 0.1}]
 )
@@ -234,31 +198,6 @@ def test_a_resumed_run_is_bitwise_equal(options):
     state = torch.get_rng_state()
     assert resumed(ProjectedKFAC, options)
     assert torch.equal(state, torch.get_rng_state())
-
-
-def test_refused_steps_change_nothing():
-    model, x, y = make("groups")
-    opt = ProjectedKFAC(model, labels="true", rank=3)
-    twin = copy.deepcopy(model)
-    other = ProjectedKFAC(twin, labels="true", rank=3)
-    for o, net in ((opt, model), (other, twin)):
-        backpropagate(o, net, x, y)
-        o.step()
-    before, state = flat(model), stored(opt)
-    backpropagate(opt, model, x, y)
-    model[5].weight.grad[0, 0] = torch.nan
-    with pytest.raises(NonFiniteError, match=r"The gradient of parameter '5.weight' holds NaN or infinity"):
-        opt.step()
-    opt.zero_grad()
-    (1e160 * functional.cross_entropy(model(x), y)).backward()
-    with pytest.raises(NonFiniteError, match=r"The scores of layer '0' hold NaN or infinity in their second moments"):
-        opt.step()
-    assert torch.equal(flat(model), before)
-    assert stored(opt) == state
-    for o, net in ((opt, model), (other, twin)):
-        backpropagate(o, net, x, y)
-        o.step()
-    assert torch.equal(flat(model), flat(twin))
 
 
 def test_a_layer_that_reads_zeros_steps_finitely():

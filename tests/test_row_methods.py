@@ -339,22 +339,6 @@ def test_activations_do_not_wait_for_a_step_without_statistics(method):
     assert opt.diagnostics["refreshes"] == 1
 
 
-@pytest.mark.filterwarnings("ignore")  # of the tracer
-@pytest.mark.parametrize("method", [pytest.param(TENGraD, marks=pytest.mark.slow), FNGD])
-def test_compiled_models(method):
-    """Traced, without a compiler: the hooks take part in the graph."""
-    results = []
-    for compiled in (False, True):
-        torch._dynamo.reset()
-        model = network()
-        opt = method(model, **OPTIONS, labels="true", refresh=2, **({"epoch_steps": 2} if method is FNGD else {}))
-        called = torch.compile(model, backend="eager") if compiled else model
-        for _ in range(4):
-            step(opt, called, data())
-        results.append(flat(model))
-    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
-
-
 @pytest.mark.parametrize("method", [NGD, TENGraD, FNGD])
 def test_hooks_of_others_may_change_an_output(method):
     """The layer's scores are those at its own output, in weighted backward passes too."""

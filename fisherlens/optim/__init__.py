@@ -21,10 +21,19 @@
 - *Periods*: statistics are taken in every ``refresh`` steps, and inverses, roots or bases made of them every ``inverse_refresh`` steps.
 - *Parameters without statistics* (embeddings, recurrent layers, tensors of one's own modules or tied between modules) move along
   ḡ / (1 + damping), announced once by a NumericalWarning; a method whose source has another rule (TENGraD: ḡ) follows that.
+- *Parameter groups*: ``param_groups=[{"params": ["0.*", "head"], "lr": 0.1}, …]`` gives some parameters options of their own. ``"params"`` are
+  names, layers or glob patterns, or the parameters themselves; options are ``lr``, ``weight_decay``, ``damping``, ``momentum``, ``kl_clip`` and the
+  method's ``ema``. All other parameters are the last group, with the arguments of the constructor. Within a layer only ``lr`` and ``weight_decay``
+  may differ (no decay of biases, say), as a layer is treated as a whole; with blocks that cross layers (NGD, some partitions of CWNGD) ``damping``
+  and averages must be the same everywhere. Layers of one ``kl_clip`` share one ν, so that groups with equal options are as one group.
+- *Mixed precision*: under ``torch.autocast`` parameters, statistics and directions stay in the dtype of the parameters. With a
+  ``torch.amp.GradScaler`` (``scaler.scale(loss).backward()``, ``scaler.unscale_(opt)`` or not, ``scaler.step(opt)``, ``scaler.update()``)
+  scores of true labels are freed of its scale; sampled labels have backward passes of their own, without one. A step
+  with an overflowing gradient is skipped: its statistics are dropped, nothing changes, and ``opt.diagnostics["overflows"]`` counts it.
 - *Failures*: a gradient with NaN or infinity is refused with the name of its parameter, parameters and state unchanged. A block that is
   not positive definite is tried again with 10, 100, …, 10⁶ times the damping, then takes gradient over damping, counted in ``opt.diagnostics``.
 - *The model* can be copied and pickled, and its copies feed nothing here. ``opt.remove_hooks()`` takes the hooks off, and they go with
-  the optimizer. ``opt.state_dict()`` resumes bit by bit. Bfloat16 autocast and ``torch.compile`` are fine; a ``GradScaler`` is refused.
+  the optimizer. ``opt.state_dict()`` resumes bit by bit. ``torch.compile`` is fine.
   Inputs of layers that an optimizer still needs must not be written over before the step: that is noticed, and an InputError.
   Processes that train one model together are not coordinated: each would keep the statistics of its own examples.
 """

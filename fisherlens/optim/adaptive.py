@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,19 +38,17 @@ class AdaptiveDamping(RowMethod):
                 after = closure()
             self._clear()  # the closure's statistics belong to no step
             ratio = (_number(after) - _number(loss)) / self._predicted if self._predicted < 0 else -math.inf
-            group = self.param_groups[0]
-            if ratio > 0.75:
-                group["damping"] *= FACTOR
-            elif (
-                not ratio >= 0.25
-            ):  # also where the loss is no number any more, or the model itself foresees no decrease
-                group["damping"] /= FACTOR
+            factor = (
+                FACTOR if ratio > 0.75 else 1.0 if ratio >= 0.25 else 1 / FACTOR
+            )  # more of it also where the ratio is no number
+            for group in self.param_groups:
+                group["damping"] *= factor
         return loss
 
-    def _move(self, direction: Tensor, active: set[str], options: Mapping[str, Any]) -> None:
+    def _move(self, direction: Tensor, active: set[str]) -> None:
         if self.adapt_damping and (self.diagnostics["steps"] + 1) % EVERY == 0:
-            self._predicted = self._model_change(-options["lr"] * direction, active)
-        super()._move(direction, active, options)
+            self._predicted = self._model_change(-self._values("lr") * direction, active)
+        super()._move(direction, active)
 
     def _model_change(self, change: Tensor, active: set[str]) -> float:
         """ḡᵀδ + ½ δᵀ(F + λI)δ, in the units of the loss; F is I where there are no statistics."""

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherlens.layout import LayerInfo
+from fisherlens.layout import LayerInfo, ParameterInfo
 from fisherlens.optim.moments import run_start
 from fisherlens.partitions import BlockGroup
 
 
 class Averages:
     """What of a dataclass is state: its tensors and counters, not where they belong."""
+
+    steps: int
 
     def state(self) -> dict[str, Any]:
         """Tensors (not copied) and counters."""
@@ -24,6 +26,16 @@ class Averages:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors."""
         return {name: tuple(value.shape) for name, value in self.state().items() if isinstance(value, Tensor)}
+
+    def update(self, ema: float, **new: Tensor) -> None:
+        """ρ x + (1 - ρ) new of some tensors, in place, and count it."""
+        for name, value in new.items():
+            getattr(self, name).lerp_(value, 1 - ema)
+        self.steps += 1
+
+    def corrected(self, name: str, ema: float) -> Tensor:
+        """An average over 1 - ρ^t, which an average that started from zero falls short by."""
+        return getattr(self, name) / (1 - ema**self.steps)
 
 
 @dataclass(eq=False)
@@ -63,17 +75,10 @@ class EntryAverages(Averages):
     steps: int = 0
 
     @classmethod
-    def of_layer(cls, layer: LayerInfo, like: Tensor) -> EntryAverages:
-        """Start at zero, in the dtype and on the device of ``like``."""
-        return cls(layer.name, slice(layer.start, layer.stop), like.new_zeros(layer.size), like.new_zeros(layer.size))
-
-
-def by_size(blocks: Sequence[BlockAverages]) -> list[list[BlockAverages]]:
-    """Sort blocks of one size together, whatever their layer."""
-    found: dict[int, list[BlockAverages]] = {}
-    for one in blocks:
-        found.setdefault(one.m.shape[1], []).append(one)
-    return list(found.values())
+    def of(cls, layer: str, where: LayerInfo | ParameterInfo, like: Tensor) -> EntryAverages:
+        """Start at zero, in the dtype and on the device of ``like``; ``where`` is the layer itself or a tensor of it."""
+        size = where.stop - where.start
+        return cls(layer, slice(where.start, where.stop), like.new_zeros(size), like.new_zeros(size))
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

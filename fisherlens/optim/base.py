@@ -1,48 +1,34 @@
-"""What every natural-gradient optimizer shares: statistics by hooks, the flat gradient, refusals, momentum, decay, state."""
+"""What every natural-gradient optimizer shares: statistics by hooks, the flat gradient, refusals, and the order of a step."""
 
 from __future__ import annotations
 
-import math
 import warnings
 import weakref
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fisherlens.errors import UNKNOWN_NAME, InputError, NonFiniteError, NumericalWarning, nearest
+from fisherlens.errors import InputError, NonFiniteError, NumericalWarning
 from fisherlens.layout import ROOT, LayerInfo, Layout
-from fisherlens.likelihoods import Likelihood, as_likelihood
+from fisherlens.likelihoods import as_likelihood
 from fisherlens.optim import texts
-from fisherlens.optim.averages import Averages, BlockAverages
+from fisherlens.optim.averages import BlockAverages
+from fisherlens.optim.checks import all_finite, choice, whole
+from fisherlens.optim.groups import OPTIONS, Membership, check_options, make_groups
+from fisherlens.optim.rule import StepRule, add_scaled
+from fisherlens.optim.scaling import AskedByScaler, loss_scale, overflowed, stepped_by_scaler, unscale
 from fisherlens.optim.solve import RETRIES, solve_blocks
+from fisherlens.optim.state import StoredState
 from fisherlens.optim.tap import Pass, ScoreTap, remove_handles
 
 LABELS = ("true", "sampled")
 REDUCTIONS = ("mean", "sum")
 
 
-def number(name: str, value: Any, low: float = 0.0, high: float = math.inf, *, strict: bool = False) -> float:
-    """Check a finite number with ``low <= value < high``, ``low < value`` where ``strict``."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number; got {type(value).__name__} {value!r}.")
-    if not math.isfinite(value) or value < low or (strict and value == low) or value >= high:
-        bounds = f"{'>' if strict else '>='} {low:g}" + (f" and < {high:g}" if high < math.inf else "")
-        raise InputError(f"{name} must be a finite number {bounds}; got {value!r}.")
-    return float(value)
-
-
-def choice(name: str, value: Any, known: tuple[str, ...]) -> str:
-    """Check one of a few words."""
-    if value not in known:
-        raise InputError(UNKNOWN_NAME.format(what=name, name=value, hint=nearest(str(value), known)))
-    return value
-
-
-class NaturalGradient(torch.optim.Optimizer, ABC):
+class NaturalGradient(StepRule, StoredState):
     """An optimizer whose direction needs the scores of single examples, captured by hooks in the ordinary loop.
 
     A method says what to do with a finished pass (:meth:`_absorb`), how statistics become a direction
@@ -56,41 +42,31 @@ class NaturalGradient(torch.optim.Optimizer, ABC):
         Dense and convolution layers: those with statistics.
     diagnostics : dict
         ``steps``, ``refreshes`` (steps that took statistics in), ``retries`` (blocks factorised again with more damping) and
-        ``fallbacks`` (blocks that took gradient over damping), since the start.
+        ``fallbacks`` (blocks that took gradient over damping), since the start; with a ``GradScaler`` also ``overflows`` (steps that
+        were skipped because a scaled gradient was not finite).
     """
 
-    # torch's GradScaler hands its scale over only to optimizers that say so; then it can be refused by name
-    _step_supports_amp_scaling = True
+    _step_supports_amp_scaling = AskedByScaler()
+    _scaler: weakref.ref[Any] | None = None
+    _loss_scale = _unit = 1.0  # factor of the loss in this step; what scores are divided by as they arrive
     scalar_kinds: tuple[str, ...] = ()  # kinds of layers to which the method applies a rule without scores
     rest_rule = "gradient / (1 + damping)"  # of parameters without statistics, as the warnings put it
     momentum_of_directions = True  # False: the method applies momentum itself, to gradients
-    nesterov = False  # True: the step is the direction plus μ times its sum with all earlier ones
 
-    def __init__(
-        self,
-        model: nn.Module,
-        defaults: dict[str, Any],
-        *,
-        likelihood: str | Likelihood,
-        labels: str,
-        reduction: str,
-        refresh: int,
-        seed: int,
-    ):
+    def __init__(self, model: nn.Module, given: Mapping[str, Any]):
+        """Take what a method's constructor was given: the options that methods share stand there under their own names."""
         self.name = type(self).__name__
         if not isinstance(model, nn.Module):
             raise TypeError(texts.NOT_A_MODEL.format(name=self.name, got=type(model).__name__))
-        self.labels, self.reduction = choice("labels", labels, LABELS), choice("reduction", reduction, REDUCTIONS)
-        number("lr", defaults["lr"], strict=True)
-        for option, value in {"refresh": refresh, "seed": seed}.items():
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{option} must be an int; got {type(value).__name__} {value!r}.")
-        number("refresh", refresh, 1)
-        number("seed", seed)
-        self._check_options(defaults)
-        self.refresh, self.seed = refresh, seed
-        self.likelihood = as_likelihood(likelihood)
-        if labels == "sampled" and self.likelihood.needs_targets:
+        if given["preset"] is not None:
+            choice("preset", given["preset"], ("paper",))
+        self.labels = choice("labels", given["labels"], LABELS)
+        self.reduction = choice("reduction", given["reduction"], REDUCTIONS)
+        self.refresh, self.seed = whole("refresh", given["refresh"]), whole("seed", given["seed"], 0)
+        defaults = {option: given[option] for option in OPTIONS if option in given}
+        check_options(defaults, self.nullable, new=True)
+        self.likelihood = as_likelihood(given["likelihood"])
+        if self.labels == "sampled" and self.likelihood.needs_targets:
             raise InputError(texts.WEIGHTED_LABELS.format(likelihood=self.likelihood))
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not parameters:
@@ -101,15 +77,19 @@ class NaturalGradient(torch.optim.Optimizer, ABC):
         if not self.covered:
             raise InputError(texts.NOTHING_COVERED.format(name=self.name, model=type(model).__name__))
         self._parameters = [parameters[name] for name in self.layout]
-        self._generator = torch.Generator().manual_seed(seed)
+        groups, owner = make_groups(self.name, model, parameters, defaults, given["param_groups"])
+        self._membership = Membership(self.layout, owner)
+        self._generator = torch.Generator().manual_seed(self.seed)
+        self._drawn = self._generator.get_state()
         self.diagnostics = {"steps": 0, "refreshes": 0, "retries": 0, "fallbacks": 0}
         self._examples, self._weight, self._seen = 0, 0.0, set[str]()
-        self._previous: Tensor | None = None
         self._home = ""
         self._told: set[str] = set()
-        super().__init__(self._parameters, defaults)
+        super().__init__(groups, defaults)
+        self._complete = True
         self._check_method()
-        sampled = labels == "sampled"
+        self._check_groups(new=True)
+        sampled = self.labels == "sampled"
         self._tap = ScoreTap(
             model, self.covered, self._take, self.likelihood if sampled else None, self._generator if sampled else None
         )
@@ -121,7 +101,6 @@ class NaturalGradient(torch.optim.Optimizer, ABC):
 
     # --- what a method adds ------------------------------------------------------------------------------------------
 
-    @abstractmethod
     def _check_method(self) -> None:
         """Check the method's own arguments, now that the layout is known and before any hook is placed."""
 
@@ -141,20 +120,17 @@ class NaturalGradient(torch.optim.Optimizer, ABC):
     def _drop(self) -> None:
         """Forget the passes absorbed since the last step."""
 
-    @abstractmethod
-    def _state(self) -> dict[str, Any]:
-        """Tensors, numbers and dicts that :meth:`_load_state` takes."""
-
-    @abstractmethod
-    def _load_state(self, state: Mapping[str, Any]) -> None:
-        """Take a state after checking that it fits."""
-
     # --- statistics --------------------------------------------------------------------------------------------------
 
     @property
     def _needs_scores(self) -> bool:
         """Whether statistics are made of scores; else the mean gradient is all that the method looks at."""
         return True
+
+    @property
+    def _carried(self) -> float:
+        """What is left of the scale of the loss in the scores of a step."""
+        return 1.0 if self.labels == "sampled" else self._loss_scale / self._unit
 
     def _schedule(self) -> None:
         """Decide whether the coming step takes statistics in."""
@@ -175,6 +151,9 @@ class NaturalGradient(torch.optim.Optimizer, ABC):
         self._examples += examples
         if self._tap.listening:
             self._check_inputs(one)
+            if self.labels == "true" and self._unit != 1:  # before anything is squared
+                for call in (call for calls in one.calls.values() for call in calls):
+                    call.score = call.score.to(self._parameters[0].dtype) / self._unit
             self._absorb(one, examples)
 
     def _check_inputs(self, one: Pass) -> None:
@@ -220,36 +199,40 @@ class NaturalGradient(torch.optim.Optimizer, ABC):
         ------
         InputError: no backward pass since the last step; a learning rate or damping out of range. NonFiniteError: NaN or
         infinity in a gradient (named) or in the statistics; parameters and state stay as they were.
+
+        Notes
+        -----
+        ``scaler.step(opt)`` of a ``torch.amp.GradScaler`` calls this; a step whose scaled gradient overflowed is skipped and counted.
         """
         loss = None
         if closure is not None:
+            if stepped_by_scaler(self):
+                raise InputError(texts.SCALED_CLOSURE.format(name=self.name))
             with torch.enable_grad():
                 loss = closure()
-        options = self.param_groups[0]
-        self._check_options(options)
-        if getattr(self, "found_inf", None) is not None:
-            raise InputError(texts.SCALER.format(name=self.name))
+        self._check_groups()
+        self._loss_scale, skipped, moved = loss_scale(self), overflowed(self), False
+        if stepped_by_scaler(self):
+            self.diagnostics["overflows"] = self.diagnostics.get("overflows", 0) + skipped
         try:
-            self._tap.flush()
-            if self._examples == 0:
-                raise InputError(texts.NO_STATISTICS)
-            gradient, active = self._mean_gradient()
-            direction = self._direction(gradient, active, options)
-            self._move(direction, active, options)
+            if not skipped:
+                unscale(self)
+                self._tap.flush()
+                if self._examples == 0:
+                    raise InputError(texts.NO_STATISTICS)
+                gradient, active = self._mean_gradient()
+                self._move(self._direction(gradient, active), active)
+                moved = True
         finally:
             self._clear()
-        self.diagnostics["steps"] += 1
+            self._unit = self._loss_scale
+            if moved:
+                self.diagnostics["steps"] += 1
+                self._drawn = self._generator.get_state()
+            else:  # as after the last step, labels to be drawn included
+                self._generator.set_state(self._drawn)
         self._schedule()
         return loss
-
-    def _check_options(self, options: Mapping[str, Any]) -> None:
-        """Check what a scheduler or a user may change between steps; a scheduler may bring lr to 0."""
-        number("lr", options["lr"])
-        number("damping", options["damping"], strict=True)
-        number("momentum", options["momentum"], 0.0, 1.0)
-        number("weight_decay", options["weight_decay"])
-        if options["kl_clip"] is not None:
-            number("kl_clip", options["kl_clip"], strict=True)
 
     def _check_kinds(self, parameters: Mapping[str, nn.Parameter]) -> None:
         lazy = [name for name, p in parameters.items() if isinstance(p, nn.parameter.UninitializedParameter)]
@@ -272,7 +255,7 @@ class NaturalGradient(torch.optim.Optimizer, ABC):
         return (flat / self._examples if self.reduction == "sum" else flat), active
 
     def _require_finite(self, flat: Tensor, text: str) -> None:
-        if not torch.isfinite(flat).all():
+        if not all_finite(flat):
             bad = (~torch.isfinite(flat)).nonzero()[0, 0].item()
             raise NonFiniteError(text.format(name=next(p.name for p in self.layout.parameters if bad < p.stop)))
 
@@ -280,34 +263,22 @@ class NaturalGradient(torch.optim.Optimizer, ABC):
         """Factor of Σ u uᵀ over the scores as they arrived: those of a mean loss carry 1/M each, so that M²/M = M is left."""
         if self.labels == "sampled":
             return 1 / self._weight if self._weight else 0.0
-        return float(self._examples) if self.reduction == "mean" else 1 / self._examples
+        scale = float(self._examples) if self.reduction == "mean" else 1 / self._examples
+        return scale / self._carried**2
 
-    def _direction(self, gradient: Tensor, active: set[str], options: Mapping[str, Any]) -> Tensor:
-        direction = self._rest(gradient, options["damping"])
+    def _direction(self, gradient: Tensor, active: set[str]) -> Tensor:
+        direction = self._rest(gradient)
         self._precondition(gradient, active - self._unseen(gradient, active), self._scale(), direction)
         self._require_finite(direction, texts.BAD_STEP)
         if self._due:
             self.diagnostics["refreshes"] += 1
-        if options["kl_clip"] is not None:
-            self._clip(direction, gradient, options["lr"], options["kl_clip"])
-        if options["momentum"] and self.momentum_of_directions:
+        if self._any("kl_clip"):
+            self._clip(direction, gradient)
+        if self.momentum_of_directions and self._any("momentum"):
             own = direction.clone() if self.nesterov else None
-            self._add_momentum(direction, active, options["momentum"])
-            direction = direction if own is None else own.add_(direction, alpha=options["momentum"])
+            self._add_momentum(direction, active)
+            direction = direction if own is None else add_scaled(own, direction, self._values("momentum"))
         return direction
-
-    def _rest(self, gradient: Tensor, damping: float) -> Tensor:
-        """Apply the rule for parameters without statistics, :attr:`rest_rule`; a new tensor."""
-        return gradient / (1 + damping)
-
-    def _add_momentum(self, vector: Tensor, active: set[str], momentum: float) -> None:
-        """Add μ times the previous sum in place, and remember the new one; layers that do not move keep theirs."""
-        previous = torch.zeros_like(vector) if self._previous is None else self._previous
-        vector.add_(previous, alpha=momentum)
-        self._previous = vector.clone()
-        for layer in self.layout.layers:
-            if layer.name not in active:
-                self._previous[layer.start : layer.stop] = previous[layer.start : layer.stop]
 
     def _unseen(self, gradient: Tensor, active: set[str]) -> set[str]:
         """Find layers with a gradient that came past their module; a zero gradient needs no explanation."""
@@ -331,43 +302,16 @@ class NaturalGradient(torch.optim.Optimizer, ABC):
     def _solve(self, matrices: Tensor, damping: float, vectors: Tensor) -> Tensor:
         """Solve (M_b + λI) u_b = v_b for blocks of one size, and count what did not go smoothly."""
         found = solve_blocks(matrices, damping, vectors)
-        self.diagnostics["retries"] += found.retries
-        self.diagnostics["fallbacks"] += len(found.failed)
-        if len(found.failed):
-            text = texts.NOT_DEFINITE.format(
-                count=len(found.failed), size=vectors.shape[1], damping=damping * 10**RETRIES
-            )
-            warnings.warn(text, NumericalWarning, stacklevel=6)
+        self._count(found.retries, len(found.failed), vectors.shape[1], damping)
         return found.vectors
 
-    def _restore(self, own: Sequence[Averages], saved: Sequence[Mapping[str, Any]], what: str) -> None:
-        """Take saved averages, once all shapes are seen to agree."""
-        theirs = [{k: tuple(v.shape) for k, v in one.items() if isinstance(v, Tensor)} for one in saved]
-        mine = [one.shapes() for one in own]
-        if theirs != mine:
-            differ = next(
-                (pair for pair in zip(theirs, mine, strict=False) if pair[0] != pair[1]), (len(theirs), len(mine))
-            )
-            text = f"its averages have shapes {differ[0]} where those of {what} have {differ[1]}"
-            raise InputError(texts.OTHER_MODEL.format(name=self.name, what=text))
-        for one, values in zip(own, saved, strict=True):
-            vars(one).update(values)
-
-    def _clip(self, direction: Tensor, gradient: Tensor, lr: float, kl_clip: float) -> None:
-        """Multiply the preconditioned layers by ν = min(1, √(κ / (lr² <u, g>))): the squared length ν² lr² uᵀFu stays near κ."""
-        at = [slice(layer.start, layer.stop) for layer in self.covered]
-        product = lr**2 * sum((direction[s].double() @ gradient[s].double()).item() for s in at)
-        if product > kl_clip:
-            for s in at:
-                direction[s] *= math.sqrt(kl_clip / product)
-
-    def _move(self, direction: Tensor, active: set[str], options: Mapping[str, Any]) -> None:
-        lr, decay = options["lr"], options["weight_decay"]
-        for info, p in zip(self.layout.parameters, self._parameters, strict=True):
-            if info.layer in active:
-                if decay:
-                    p.mul_(1 - lr * decay)
-                p.add_(direction[info.start : info.stop].view(info.shape), alpha=-lr)
+    def _count(self, retries: int, fallbacks: int, size: int, damping: float) -> None:
+        """Count factorisations that were repeated, and warn of blocks that have none."""
+        self.diagnostics["retries"] += retries
+        self.diagnostics["fallbacks"] += fallbacks
+        if fallbacks:
+            text = texts.NOT_DEFINITE.format(count=fallbacks, size=size, damping=damping * 10**RETRIES)
+            warnings.warn(text, NumericalWarning, stacklevel=7)
 
     def _tell(self, text: str, names: list[str]) -> None:
         """Warn of parameters once."""
@@ -376,61 +320,6 @@ class NaturalGradient(torch.optim.Optimizer, ABC):
         if new:
             shown = ", ".join(repr(name) for name in new)
             warnings.warn(text.format(name=self.name, names=shown, rule=self.rest_rule), NumericalWarning, stacklevel=4)
-
-    # --- state -------------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state, enough to continue bit by bit: tensors (not copied), numbers and names only."""
-        state = super().state_dict()
-        state["fisherlens"] = {
-            "method": self.name,
-            "parameters": {p.name: list(p.shape) for p in self.layout.parameters},
-            "diagnostics": dict(self.diagnostics),
-            "generator": self._generator.get_state(),
-            "maps": dict(self._tap.maps),
-            "previous": self._previous,
-            **self._state(),
-        }
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take a state of the same method and model, copying its tensors; another one is an InputError."""
-        own = state_dict.get("fisherlens", {})
-        if own.get("method") != self.name:
-            got = repr(own["method"]) if "method" in own else "an optimizer of another library"
-            raise InputError(texts.OTHER_STATE.format(name=self.name, got=got))
-        expected = {p.name: list(p.shape) for p in self.layout.parameters}
-        if own["parameters"] != expected:
-            differ = sorted(set(map(str, own["parameters"].items())) ^ set(map(str, expected.items())))
-            raise InputError(texts.OTHER_MODEL.format(name=self.name, what=f"parameters differ, such as {differ[0]}"))
-        like = self._parameters[0]
-
-        def copied(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value.detach().to(like.device, like.dtype, copy=True)
-            if isinstance(value, Mapping):
-                return {key: copied(entry) for key, entry in value.items()}
-            return [copied(entry) for entry in value] if isinstance(value, list) else value
-
-        maps = {name: None if shape is None else tuple(shape) for name, shape in own["maps"].items()}
-        self._load_state(copied({**own, "maps": maps, "generator": None}))
-        self._clear()
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "fisherlens"})
-        self._tap.maps = maps
-        self._home = f"{like.dtype} on {like.device}"
-        self._previous = copied(own["previous"])
-        self.diagnostics = dict(own["diagnostics"])
-        self._generator.set_state(own["generator"].cpu())
-        self._schedule()
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse further groups: the statistics belong to the parameters that the optimizer was built with."""
-        if self.param_groups:
-            raise InputError(texts.ONE_GROUP.format(name=self.name))
-        super().add_param_group(param_group)
-
-    def __getstate__(self) -> dict[str, Any]:
-        raise TypeError(texts.NO_COPY.format(name=self.name))
 
 
 def _has_scores(model: nn.Module, layer: LayerInfo) -> bool:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fisherlens.likelihoods import Likelihood
-from fisherlens.optim.averages import BlockAverages, EntryAverages, by_size, joined
-from fisherlens.optim.base import NaturalGradient, choice, number
+from fisherlens.optim.averages import BlockAverages, EntryAverages, joined
+from fisherlens.optim.base import NaturalGradient
+from fisherlens.optim.groups import Groups
 from fisherlens.optim.moments import BlockMoments, restrict
 from fisherlens.optim.tap import Pass, found_maps
 from fisherlens.partitions import Partition
@@ -55,8 +56,8 @@ class CWNGD(NaturalGradient):
         How the loss combines examples, ``"mean"`` or ``"sum"`` (the steps are the same); steps from one update of H to the next.
     kl_clip
         κ: the direction of Linear and convolution layers is multiplied by ν = min(1, √(κ / (lr² ⟨u, ḡ⟩))). None clips nothing.
-    preset
-        None or ``"paper"``, which agree: the defaults are those of the released code.
+    param_groups, preset
+        Options of single parameters, see :mod:`fisherlens.optim`. None or ``"paper"``, which agree: the defaults are those of the released code.
 
     Attributes
     ----------
@@ -112,52 +113,51 @@ class CWNGD(NaturalGradient):
         refresh: int = 1,
         kl_clip: float | None = None,
         seed: int = 0,
+        param_groups: Groups = None,
         preset: str | None = None,
     ):
-        if preset is not None:
-            choice("preset", preset, ("paper",))
-        options = {"lr": lr, "damping": damping, "ema": ema, "momentum_ema": momentum_ema}
-        options |= {"momentum": momentum, "weight_decay": weight_decay, "kl_clip": kl_clip}
-        shared = {"likelihood": likelihood, "labels": labels, "reduction": reduction, "refresh": refresh, "seed": seed}
         self.partition: Partition | None = None
         self._scheme: Any = partition
-        self._sums: list[Tensor | None] = []  # of outer products, per group of blocks, since the last step
-        super().__init__(model, options, **shared)
+        self._drop()
+        super().__init__(model, locals())
 
     def _check_method(self) -> None:
         checked = make_partition(self.layout, self._scheme)  # a wrong scheme shows here
         self._scheme = self._scheme if isinstance(self._scheme, str) else checked
-
-    def _check_options(self, options: Mapping[str, Any]) -> None:
-        super()._check_options(options)
-        number("ema", options["ema"], 0.0, 1.0)
-        number("momentum_ema", options["momentum_ema"], 0.0, 1.0)
+        if len(self.param_groups) > 1:
+            self.crosses_layers = any(group.layer is None for group in restrict(checked, self.covered).groups)
 
     def _precondition(self, gradient: Tensor, active: set[str], scale: float, out: Tensor) -> None:
-        options = self.param_groups[0]
-        rho, beta, damping = options["ema"], options["momentum_ema"], options["damping"]
         sums = self._sums or [None] * len(self._blocks)
         self._require_finite_moments(self._blocks, sums, scale)  # before anything is changed
-        due = []
+        due: dict[tuple[int, float], list[BlockAverages]] = {}
         for blocks, total in zip(self._blocks, sums, strict=True):
             if blocks.layer is not None and blocks.layer not in active:
                 continue
+            options = self._options(blocks.layer)
             if self._tap.listening:
                 moment = torch.zeros_like(blocks.H) if total is None else total.mul_(scale)  # (1/M) sum_n g_n g_n^T
-                blocks.H.lerp_(moment, 1 - rho)  # H <- rho H + (1 - rho) moment
+                blocks.H.lerp_(moment, 1 - options["ema"])  # H <- rho H + (1 - rho) moment
                 blocks.H_steps += 1
-            blocks.m.lerp_(blocks.of(gradient), 1 - beta)
+            blocks.m.lerp_(blocks.of(gradient), 1 - options["momentum_ema"])
             blocks.m_steps += 1
             if blocks.H_steps:  # else the rule for parameters without statistics stands
-                due.append(blocks)
-        for alike in by_size(due):  # blocks of one size are one batch
-            H_hat = joined([x.H / (1 - rho**x.H_steps) for x in alike])
-            m_hat = joined([x.m / (1 - beta**x.m_steps) for x in alike])
+                due.setdefault((blocks.m.shape[1], options["damping"]), []).append(blocks)
+        for (size, damping), alike in due.items():  # blocks of one size are one batch
+            rest = [1 - self._options(x.layer)["ema"] ** x.H_steps for x in alike]  # H_hat = H / (1 - rho^t)
+            left = [1 - self._options(x.layer)["momentum_ema"] ** x.m_steps for x in alike]
+            if size == 1:  # m_hat / (H_hat + lambda)
+                for x, r, s in zip(alike, rest, left, strict=True):
+                    out[x.at] = x.m.view(-1) / (x.H.view(-1) * (s / r)).add_(s * damping)
+                continue
+            H_hat = joined([x.H / r for x, r in zip(alike, rest, strict=True)])
+            m_hat = joined([x.m / s for x, s in zip(alike, left, strict=True)])
             u = self._solve(H_hat, damping, m_hat).split([len(x.m) for x in alike])
             for blocks, part in zip(alike, u, strict=True):
                 out[blocks.at] = part.reshape(-1)
         for norm in self._norms:
             if norm.layer in active:
+                rho, beta = (self._options(norm.layer)[name] for name in ("ema", "momentum_ema"))
                 norm.h.lerp_(gradient[norm.at].square(), 1 - rho)
                 norm.m.lerp_(gradient[norm.at], 1 - beta)
                 norm.steps += 1
@@ -172,7 +172,7 @@ class CWNGD(NaturalGradient):
         self._sums = [a if b is None else b if a is None else a + b for a, b in zip(olds, found, strict=True)]
 
     def _drop(self) -> None:
-        self._sums = []
+        self._sums: list[Tensor | None] = []  # of outer products, per group of blocks, since the last step
 
     def _averages(self, maps: Mapping[str, Any]) -> tuple[Any, ...]:
         """Cut the blocks, now that the flattened maps are known, and start all averages at zero."""
@@ -180,7 +180,7 @@ class CWNGD(NaturalGradient):
         partition = make_partition(layout, self._scheme)
         groups = restrict(partition, self.covered).groups
         blocks = [BlockAverages.of_group(group, like) for group in groups]
-        norms = [EntryAverages.of_layer(layer, like) for layer in layout.layers if layer.kind == "norm"]
+        norms = [EntryAverages.of(layer.name, layer, like) for layer in layout.layers if layer.kind == "norm"]
         return partition, blocks, norms, BlockMoments(groups, self.covered, layout, like.device)
 
     def _begin(self, partition: Partition, *averages: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,20 +11,18 @@ from torch import Tensor, nn
 from fisherlens.layout import LayerInfo
 from fisherlens.likelihoods import Likelihood
 from fisherlens.linalg.dense import eigenpairs
-from fisherlens.linalg.memory import Workspace
 from fisherlens.optim.averages import Averages
-from fisherlens.optim.base import choice
+from fisherlens.optim.checks import choice
 from fisherlens.optim.factors import (
-    FactorSums,
-    LayerWise,
     factor_sums,
     matrix_of,
     matrix_shape,
-    positions,
+    rotated_squares,
     summed_scores,
     write_matrix,
 )
-from fisherlens.optim.moments import ROWS_BYTES
+from fisherlens.optim.groups import Groups
+from fisherlens.optim.layerwise import LayerWise, accumulate
 from fisherlens.optim.tap import Call, Pass
 
 MOMENTS = ("examples", "mean")
@@ -77,8 +74,8 @@ class EKFAC(LayerWise):
         Steps from one update of s to the next, and from one change of the bases to the next, at a step that updates s.
     kl_clip
         κ: the direction of Linear and convolution layers is multiplied by ν = min(1, √(κ / (lr² ⟨u, ḡ⟩))). None clips nothing; 1e-2 is TENGraD's.
-    preset
-        None or ``"paper"``, which agree.
+    param_groups, preset
+        Options of single parameters, see :mod:`fisherlens.optim`. None or ``"paper"``, which agree.
 
     Attributes
     ----------
@@ -127,102 +124,72 @@ class EKFAC(LayerWise):
         inverse_refresh: int = 50,
         kl_clip: float | None = 1e-2,
         seed: int = 0,
+        param_groups: Groups = None,
         preset: str | None = None,
     ):
-        if preset is not None:
-            choice("preset", preset, ("paper",))
-        self.moments, self.inverse_refresh = choice("moments", moments, MOMENTS), inverse_refresh
-        self._drop()
-        options = {"lr": lr, "damping": damping, "ema": ema, "momentum": momentum}
-        options |= {"weight_decay": weight_decay, "kl_clip": kl_clip}
-        shared = {"likelihood": likelihood, "labels": labels, "reduction": reduction, "refresh": refresh, "seed": seed}
-        super().__init__(model, options, **shared)
-
-    def _made(self) -> dict[str, Any]:
-        return {layer.name: self._new(layer, self._parameters[0]) for layer in self.covered}
+        self.moments = choice("moments", moments, MOMENTS)
+        super().__init__(model, locals())
 
     def _new(self, layer: LayerInfo, like: Tensor) -> EigenMoments:
-        groups, d_o, d_i = matrix_shape(layer)
-        shapes = (groups, d_o, d_o), (groups, d_i, d_i), (groups, d_o, d_i)
-        return EigenMoments(layer.name, *(like.new_zeros(shape) for shape in shapes))
+        B, d_o, d_i = matrix_shape(layer)
+        return EigenMoments(layer.name, *(like.new_zeros(s) for s in ((B, d_o, d_o), (B, d_i, d_i), (B, d_o, d_i))))
 
     def _absorb(self, one: Pass, examples: int) -> None:
-        dtype = self._parameters[0].dtype
         for layer, calls in self._layers(one):
             record = self._record_of(layer)
             if self._inverse_due or not record.steps:  # the bases come first
-                found = factor_sums(layer, calls, dtype, self._workspace, "expand")
-                self._sums[layer.name] = self._sums[layer.name] + found if layer.name in self._sums else found
+                found = factor_sums(layer, calls, self._parameters[0].dtype, self._workspace, "expand")
+                accumulate(self._sums, layer, found)
                 self._held.setdefault(layer.name, []).append(calls)
             else:
-                self._add(layer, calls, record.left, record.right)
+                self._look(layer, calls, record.left, record.right)
 
-    def _add(self, layer: LayerInfo, calls: Sequence[Call], left: Tensor, right: Tensor) -> None:
+    def _look(self, layer: LayerInfo, calls: Sequence[Call], left: Tensor, right: Tensor) -> None:
         """Add one pass: Σ_n (Q_Gᵀ U_n Q_A)², or Σ_n U_n."""
         if self.moments == "mean":
             found = summed_scores(layer, calls, left.dtype, self._workspace)
         else:
             found = rotated_squares(layer, calls, left, right, self._workspace)
-        self._squares[layer.name] = self._squares[layer.name] + found if layer.name in self._squares else found
+        accumulate(self._squares, layer, found)
 
     def _drop(self) -> None:
-        self._sums: dict[str, FactorSums] = {}
+        super()._drop()
         self._held: dict[str, list[list[Call]]] = {}
         self._squares: dict[str, Tensor] = {}
 
+    def _bases(self, layer: LayerInfo, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Q_G, Q_A and d_G d_Aᵀ of this batch."""
+        sums = self._sums[layer.name]
+        A, G = sums.A / sums.examples, sums.G * scale
+        self._require_finite_parts([(layer.name, (A, G))])
+        d_a, right = eigenpairs(A, f"Factor A of layer {layer.name!r}")
+        d_g, left = eigenpairs(G, f"Factor G of layer {layer.name!r}")
+        start = d_g.clamp(min=0)[:, :, None] * d_a.clamp(min=0)[:, None, :]
+        return left.to(A.dtype), right.to(A.dtype), start.to(A.dtype)
+
     def _precondition(self, gradient: Tensor, active: set[str], scale: float, out: Tensor) -> None:
-        options = self.param_groups[0]
-        rho, like = options["ema"], self._parameters[0]
         layers = [layer for layer in self.covered if layer.name in active]
-        factors = {name: (s.A / s.examples, s.G * scale) for name, s in self._sums.items() if name in active}
-        self._require_finite_parts(factors.items())
-        bases: dict[str, tuple[Tensor, ...]] = {}
-        for layer in layers:
-            if layer.name in factors:
-                d_a, right = eigenpairs(factors[layer.name][0], f"Factor A of layer {layer.name!r}")
-                d_g, left = eigenpairs(factors[layer.name][1], f"Factor G of layer {layer.name!r}")
-                start = d_g.clamp(min=0)[:, :, None] * d_a.clamp(min=0)[:, None, :]
-                bases[layer.name] = tuple(x.to(like.dtype) for x in (left, right, start))
-                for calls in self._held[layer.name]:
-                    self._add(layer, calls, *bases[layer.name][:2])
+        bases = {layer.name: self._bases(layer, scale) for layer in layers if layer.name in self._sums}
         fresh: dict[str, Tensor] = {}
         for layer in layers:
+            record = self._record_of(layer)
+            left, right = bases.get(layer.name, (record.left, record.right))[:2]
+            for calls in self._held.get(layer.name, ()):
+                self._look(layer, calls, left, right)
             if layer.name in self._squares:
-                found, record = self._squares[layer.name], self._record_of(layer)
-                if self.moments == "mean":
-                    left, right = bases.get(layer.name, (record.left, record.right))[:2]
-                    found = (left.mT @ found @ right).square()
+                found = self._squares[layer.name]
+                found = (left.mT @ found @ right).square() if self.moments == "mean" else found
                 fresh[layer.name] = scale * found
         self._require_finite_parts((name, (s,)) for name, s in fresh.items())  # nothing is changed before this
         for layer in layers:
-            record = self._record_of(layer)
+            record, options = self._record_of(layer), self._options(layer.name)
             if layer.name in bases:
                 record.left, record.right, start = bases[layer.name]
                 record.s = start if self.moments == "mean" else torch.zeros_like(start)
                 record.steps = 0
             if layer.name in fresh:
-                record.s = rho * record.s + (1 - rho) * fresh[layer.name]
-                record.steps += 1
+                record.update(options["ema"], s=fresh[layer.name])
             if record.steps:  # else the rule for parameters without statistics stands
-                s = record.s if self.moments == "mean" else record.s / (1 - rho**record.steps)
+                s = record.s if self.moments == "mean" else record.corrected("s", options["ema"])
                 along = record.left.mT @ matrix_of(layer, gradient) @ record.right
                 write_matrix(layer, record.left @ (along / (s + options["damping"])) @ record.right.mT, out)
-
-
-def rotated_squares(
-    layer: LayerInfo, calls: Sequence[Call], left: Tensor, right: Tensor, workspace: Workspace
-) -> Tensor:
-    """Σ_n (Q_Gᵀ U_n Q_A)², entry by entry, ``(B, d_o, d_i)``; the U_n of layers with positions under a memory budget."""
-    total = left.new_zeros(len(left), left.shape[1], right.shape[1])
-    for a, g in positions(layer, calls, left.dtype, workspace):
-        n, t = a.shape[2:]
-        a, g = right.mT @ a.flatten(2), left.mT @ g.flatten(2)
-        if t == 1:
-            total += g.square() @ a.square().mT
-            continue
-        a, g = (x.unflatten(2, (n, t)).transpose(1, 2) for x in (a, g))  # (B, n, d, T)
-        step = max(1, ROWS_BYTES // (total.numel() * total.itemsize))
-        for first in range(0, n, step):
-            some = slice(first, first + step)
-            total += (g[:, some] @ a[:, some].mT).square().sum(1)
-    return total

@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import math
-import warnings
-from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fisherlens.errors import InputError, NonFiniteError, NumericalWarning
+from fisherlens.errors import InputError
 from fisherlens.layout import LayerInfo
 from fisherlens.linalg.memory import Workspace
 from fisherlens.optim import texts
-from fisherlens.optim.base import NaturalGradient, number
 from fisherlens.optim.moments import ROWS_BYTES
 from fisherlens.optim.solve import RETRIES
-from fisherlens.optim.tap import Call, Pass
+from fisherlens.optim.tap import Call
 from fisherlens.scores.base import CHUNK_BYTES
 from fisherlens.scores.conv import ConvGeometry
-
-
-def whole(name: str, value: Any) -> int:
-    """Check an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int; got {type(value).__name__} {value!r}.")
-    number(name, value, 1)
-    return value
 
 
 def matrix_shape(layer: LayerInfo) -> tuple[int, int, int]:
@@ -155,6 +144,25 @@ def summed_scores(layer: LayerInfo, calls: Sequence[Call], dtype: torch.dtype, w
     return sum(torch.bmm(g.flatten(2), a.flatten(2).mT) for a, g in positions(layer, calls, dtype, workspace))
 
 
+def rotated_squares(
+    layer: LayerInfo, calls: Sequence[Call], left: Tensor, right: Tensor, workspace: Workspace
+) -> Tensor:
+    """Σ_n (Q_Gᵀ U_n Q_A)², entry by entry, ``(B, d_o, d_i)``; the U_n of layers with positions under a memory budget."""
+    total = left.new_zeros(len(left), left.shape[1], right.shape[1])
+    for a, g in positions(layer, calls, left.dtype, workspace):
+        n, t = a.shape[2:]
+        a, g = right.mT @ a.flatten(2), left.mT @ g.flatten(2)
+        if t == 1:
+            total += g.square() @ a.square().mT
+            continue
+        a, g = (x.unflatten(2, (n, t)).transpose(1, 2) for x in (a, g))  # (B, n, d, T)
+        step = max(1, ROWS_BYTES // (total.numel() * total.itemsize))
+        for first in range(0, n, step):
+            some = slice(first, first + step)
+            total += (g[:, some] @ a[:, some].mT).square().sum(1)
+    return total
+
+
 class Inverses(NamedTuple):
     """Inverses ``(B, s, s)``, how many factorisations were repeated, and how many blocks could not be factorised."""
 
@@ -208,75 +216,3 @@ def _attempt(matrices: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     factor[info != 0] = torch.eye(matrices.shape[-1], dtype=dtype, device=matrices.device)  # replaced by the caller
     inverse = torch.cholesky_inverse(factor).to(matrices.dtype)
     return inverse, (info == 0) & torch.isfinite(inverse).flatten(1).all(1)
-
-
-class LayerWise(NaturalGradient):
-    """A method that keeps one record of tensors and counters per layer, made when the first statistics arrive.
-
-    Subclasses add ``inverse_refresh``: steps from one inversion to the next.
-    """
-
-    inverse_refresh: int
-    _records: dict[str, Any] | None = None
-
-    @abstractmethod
-    def _made(self) -> dict[str, Any]:
-        """Make the records of all layers, in the dtype and on the device of the parameters."""
-
-    def _check_method(self) -> None:
-        whole("inverse_refresh", self.inverse_refresh)
-        self._workspace = Workspace(limit=2 * ROWS_BYTES)
-
-    def _record_of(self, layer: LayerInfo) -> Any:
-        if self._records is None:
-            self._records = self._made()
-        return self._records[layer.name]
-
-    def _check_options(self, options: Mapping[str, Any]) -> None:
-        super()._check_options(options)
-        if options["ema"] is not None:
-            number("ema", options["ema"], 0.0, 1.0)
-
-    @property
-    def _inverse_due(self) -> bool:
-        return self.diagnostics["steps"] % self.inverse_refresh == 0
-
-    def _layers(self, one: Pass) -> Iterator[tuple[LayerInfo, list[Call]]]:
-        """Layers of a pass with their calls."""
-        for layer in self.covered:
-            if layer.name in one.calls:
-                yield layer, one.calls[layer.name]
-
-    def _require_finite_parts(self, parts: Iterable[tuple[str, Sequence[Tensor]]]) -> None:
-        """Refuse statistics with NaN or infinity before anything is changed, naming their layer."""
-        for name, tensors in parts:
-            if not all(torch.isfinite(x).all() for x in tensors):
-                raise NonFiniteError(texts.BAD_STATISTICS.format(layer=name))
-
-    def _inverted(self, jobs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """Invert (M_b + λ_b I) for several batches; blocks of one size are one batch. Counts what did not go smoothly."""
-        found: dict[int, Tensor] = {}
-        sizes: dict[int, list[int]] = {}
-        for k, (matrices, _) in enumerate(jobs):
-            sizes.setdefault(matrices.shape[-1], []).append(k)
-        for size, members in sizes.items():
-            result = damped_inverses(torch.cat([jobs[k][0] for k in members]), torch.cat([jobs[k][1] for k in members]))
-            self.diagnostics["retries"] += result.retries
-            self.diagnostics["fallbacks"] += result.failed
-            if result.failed:
-                most = max(jobs[k][1].max().item() for k in members) * 10**RETRIES
-                text = texts.NOT_DEFINITE.format(count=result.failed, size=size, damping=most)
-                warnings.warn(text, NumericalWarning, stacklevel=6)
-            found.update(zip(members, result.matrices.split([len(jobs[k][0]) for k in members]), strict=True))
-        return [found[k] for k in range(len(jobs))]
-
-    def _state(self) -> dict[str, Any]:
-        return {"averages": None if self._records is None else [one.state() for one in self._records.values()]}
-
-    def _load_state(self, state: Mapping[str, Any]) -> None:
-        if state["averages"] is None:
-            self._records = None
-            return
-        records = self._made()
-        self._restore(list(records.values()), state["averages"], "these options")
-        self._records = records

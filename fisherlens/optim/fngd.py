@@ -14,8 +14,9 @@ from fisherlens.errors import InputError
 from fisherlens.layout import LayerInfo
 from fisherlens.likelihoods import Likelihood
 from fisherlens.optim import texts
-from fisherlens.optim.base import choice
-from fisherlens.optim.kernels import RowMethod, whole
+from fisherlens.optim.checks import choice, whole
+from fisherlens.optim.groups import Groups
+from fisherlens.optim.kernels import RowMethod
 from fisherlens.optim.weighted import transformed, weigh_gradient
 
 COEFFICIENTS = ("position", "layer")
@@ -75,8 +76,8 @@ class FNGD(RowMethod):
         μ in [0, 1), of the directions; decoupled decay, θ is first multiplied by 1 - lr * weight_decay.
     reduction, refresh
         How the loss combines examples, ``"mean"`` or ``"sum"``; in the first epoch, steps between new c.
-    seed, preset
-        Not used: nothing is drawn, and ``"paper"`` agrees with None as far as the text is available.
+    param_groups, preset, seed
+        Options of single parameters, see :mod:`fisherlens.optim`. Not used: nothing is drawn, and ``"paper"`` agrees as far as its text is known.
 
     Attributes
     ----------
@@ -127,18 +128,15 @@ class FNGD(RowMethod):
         reduction: str = "mean",
         refresh: int = 1,
         seed: int = 0,
+        param_groups: Groups = None,
         preset: str | None = None,
     ):
-        if preset is not None:
-            choice("preset", preset, ("paper",))
         if labels == "sampled":
             raise InputError(texts.TRUE_LABELS.format(name=type(self).__name__))
         self.epoch_steps = whole("epoch_steps", epoch_steps)
         self.coefficients = choice("coefficients", coefficients, COEFFICIENTS)
         self._coefficients: dict[str, Coefficients] = {}
-        options = {"lr": lr, "damping": damping, "momentum": momentum, "weight_decay": weight_decay, "kl_clip": None}
-        shared = {"likelihood": likelihood, "labels": labels, "reduction": reduction, "refresh": refresh, "seed": seed}
-        super().__init__(model, options, **shared)
+        super().__init__(model, locals())
         self._tap.weigh = weakref.WeakMethod(self._weigh)
 
     @property
@@ -175,8 +173,8 @@ class FNGD(RowMethod):
                     at = slice(layer.start, layer.stop)
                     out[at] = gradient[at]
             return
-        damping, share = self.param_groups[0]["damping"], self._share()
-        blocks = {layer.name: self._kernel_solve([self._scores(layer)], scale, damping) for layer in layers}
+        share = self._share()
+        blocks = {layer.name: self._kernel_solve([self._scores(layer)], scale) for layer in layers}
         for name, block in blocks.items():  # nothing can be refused any more
             n, like = block.rows.rows, self._parameters[0]
             ones = torch.ones(

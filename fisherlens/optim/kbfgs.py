@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,10 +13,13 @@ from fisherlens.errors import InputError
 from fisherlens.layout import LayerInfo
 from fisherlens.likelihoods import Likelihood
 from fisherlens.optim import texts
-from fisherlens.optim.base import choice
-from fisherlens.optim.factors import LayerWise, matrix_of, matrix_shape, positions, whole, write_matrix
-from fisherlens.optim.replay import Replay, Run
-from fisherlens.optim.secant import Secants, Sums, bfgs, random_states, set_random_states
+from fisherlens.optim.checks import whole
+from fisherlens.optim.factors import matrix_of, matrix_shape, positions, write_matrix
+from fisherlens.optim.groups import Groups
+from fisherlens.optim.layerwise import LayerWise, accumulate
+from fisherlens.optim.replay import Replay
+from fisherlens.optim.scaling import overflowed
+from fisherlens.optim.secant import Secants, Sums, random_states, set_random_states
 from fisherlens.optim.tap import Pass
 
 
@@ -31,36 +34,26 @@ class KBFGS(LayerWise):
 
     is the pair of H_A, which starts as (A + √λ I)⁻¹ of the first batch. H_G starts as I; its pair is the change of the layer's mean
     pre-activation (s) and of the mean score there (y) between the old and the stepped weights on the same batch, both averaged with ρ, and
-    damped after Powell: first sᵀy ≥ 0.2 yᵀH_G y, then sᵀy ≥ √λ sᵀs. Both follow
+    damped after Powell: first sᵀy ≥ 0.2 yᵀH_G y, then sᵀy ≥ √λ sᵀs. Parameters without factors: ḡ / (1 + λ). Both inverses follow
 
     .. math:: H \leftarrow (I - s y^\top / s^\top y)\, H\, (I - y s^\top / s^\top y) + s s^\top / s^\top y .
-
-    Parameters without factors: ḡ / (1 + λ), announced once.
 
     Parameters
     ----------
     model
         The network itself. Trains all parameters that require grad, of one device and dtype, float32 or float64.
-    lr, damping
-        Step length and λ, both > 0.
-    ema
-        ρ of A, s and y, in [0, 1); 0 averages nothing.
+    lr, damping, ema
+        Step length and λ, both > 0; ρ of A, s and y, in [0, 1), where 0 averages nothing.
     memory
         None keeps H_G as a matrix; a number keeps that many pairs in its place (100 in the source), for wide layers.
-    momentum, weight_decay
-        Of the directions, in [0, 1); decoupled decay, θ is first multiplied by 1 - lr * weight_decay.
-    reduction
-        How the loss combines examples, ``"mean"`` or ``"sum"`` (the steps are the same).
-    refresh
-        Steps from one update of both inverses to the next; steps between them evaluate the closure once.
-    kl_clip
-        κ: the direction of Linear and convolution layers is multiplied by ν = min(1, √(κ / (lr² ⟨u, ḡ⟩))). None clips nothing.
-    likelihood
-        Whose mean negative log-likelihood the loss is, for steps without a closure: categorical, Bernoulli or Gaussian without weights.
-    labels, seed
-        ``"true"`` alone: the pairs are changes of the user's loss, and nothing is drawn.
-    preset
-        None or ``"paper"``, which agree.
+    momentum, weight_decay, kl_clip
+        As of :class:`KFAC`. None clips nothing.
+    reduction, refresh
+        How the loss combines examples, ``"mean"`` or ``"sum"``; steps from one update of both inverses to the next, with one pass each between.
+    likelihood, labels, seed
+        Of which the loss is the mean, for steps without a closure: categorical, Bernoulli or Gaussian, unweighted. ``"true"`` alone; nothing is drawn.
+    param_groups, preset
+        Options of single parameters, see :mod:`fisherlens.optim`. None or ``"paper"``, which agree.
 
     Attributes
     ----------
@@ -96,7 +89,7 @@ class KBFGS(LayerWise):
     (True, 0)
     """
 
-    inverse_refresh = 1
+    _replay: Replay | None = None
 
     def __init__(
         self,
@@ -114,46 +107,29 @@ class KBFGS(LayerWise):
         refresh: int = 1,
         kl_clip: float | None = None,
         seed: int = 0,
+        param_groups: Groups = None,
         preset: str | None = None,
     ):
-        if preset is not None:
-            choice("preset", preset, ("paper",))
         self.memory = None if memory is None else whole("memory", memory)
-        self._sums: dict[str, Sums] = {}
-        self._numbers: list[int] = []  # of the passes since the last step
-        self._replay: Any = None
-        self._before: dict[str, tuple[Tensor, Tensor]] = {}
-        options = {"lr": lr, "damping": damping, "ema": ema, "momentum": momentum}
-        options |= {"weight_decay": weight_decay, "kl_clip": kl_clip}
+        self._before: dict[str, tuple[Tensor, Tensor]] = {}  # mean pre-activations and scores at the old weights
         if labels == "sampled":
             raise InputError(texts.LOSS_LABELS.format(name=type(self).__name__))
-        shared = {"likelihood": likelihood, "labels": labels, "reduction": reduction, "refresh": refresh, "seed": seed}
-        super().__init__(model, options, **shared)
+        super().__init__(model, locals())
         self._replay = Replay(model, self._tap, self.likelihood)
         self.diagnostics["skipped"] = 0
 
-    def _made(self) -> dict[str, Any]:
-        made = {}
-        for layer in self.covered:
-            groups, d_o, d_i = matrix_shape(layer)
-            new = self._parameters[0].new_zeros
-            square = torch.eye(d_o).to(new(1)).expand(groups, d_o, d_o).clone() if self.memory is None else new(0)
-            pairs = [new(self.memory or 0, groups, d_o, 1) for _ in range(2)]
-            averages = [new(groups, d_o, 1) for _ in range(2)]
-            made[layer.name] = Secants(
-                layer.name, new(groups, d_i, d_i), new(groups, d_i, d_i), square, *averages, *pairs
-            )
-        return made
+    def _new(self, layer: LayerInfo, like: Tensor) -> Secants:
+        return Secants.start(layer.name, like, *matrix_shape(layer), self.memory)
 
     def _absorb(self, one: Pass, examples: int) -> None:
         self._numbers.append(next(iter(one.calls.values()))[0].number)
         for layer, calls in self._layers(one):
             for a, g in positions(layer, calls, self._parameters[0].dtype, self._workspace):
-                found = Sums.of(a, g)
-                self._sums[layer.name] = self._sums[layer.name] + found if layer.name in self._sums else found
+                accumulate(self._sums, layer, Sums.of(a, g))
 
     def _drop(self) -> None:
-        self._sums, self._numbers = {}, []
+        super()._drop()
+        self._numbers: list[int] = []  # of the passes since the last step
         if self._replay is not None:
             self._replay.clear()
 
@@ -164,19 +140,21 @@ class KBFGS(LayerWise):
         Parameters
         ----------
         closure
-            Clears the gradients, computes the loss of one batch, calls ``backward`` and returns the loss. Called before the step and,
-            where the statistics are due, once more after it, on the same batch. The loss of the first call is returned. Without one,
+            Clears the gradients, computes the loss, calls ``backward`` and returns the loss; called twice, the first loss is returned. Without one,
             the model's forward passes since the last step are made once more.
         """
-        due, device = self._due, self._parameters[0].device
-        before, runs = random_states(device), self._kept_runs() if closure is None and due else []
+        due, device, steps = self._due, self._parameters[0].device, self.diagnostics["steps"]
+        before, runs = random_states(device), []
+        if closure is None and due and not overflowed(self):
+            self._tap.flush()
+            runs = self._replay.kept(self._numbers, self.name)
         loss = super().step(closure)
-        if due:
+        if due and self.diagnostics["steps"] > steps:
             after = random_states(device)
             self._tap.listening = True
             try:
                 if closure is None:
-                    self._replay.again(runs, mean=self.reduction == "mean")
+                    self._replay.again(runs, mean=self.reduction == "mean", scale=self._loss_scale)
                 else:
                     set_random_states(before, device)
                     with torch.enable_grad():
@@ -189,71 +167,34 @@ class KBFGS(LayerWise):
                 self._schedule()
         return loss
 
-    def _kept_runs(self) -> list[Run]:
-        """The forward passes of the coming step, all of which must be there to be made again."""
-        self._tap.flush()
-        runs = [self._replay.runs.get(number) for number in self._numbers]
-        if any(run is None for run in runs):
-            raise InputError(texts.NO_CLOSURE.format(name=self.name))
-        if not all(self._replay.unmodified(run) for run in runs):
-            raise InputError(texts.WRITTEN_OVER.format(layer="(the model)"))
-        return runs
-
-    def _means(self, layer: LayerInfo, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean input ā (B, d_i, 1), mean pre-activation W ā + b and the mean score there, both (B, d_o, 1)."""
-        found = self._sums[layer.name]
-        a = found.a / found.count
-        scale = 1.0 if self.reduction == "mean" else 1 / self._examples
-        return a, matrix_of(layer, theta) @ a, scale * found.g
-
-    def _theta(self) -> Tensor:
-        return torch.cat([p.detach().reshape(-1) for p in self._parameters])
+    def _means(self, layers: Iterable[LayerInfo]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """Mean inputs, pre-activations and scores of the layers that were seen, at the weights of now."""
+        theta = torch.cat([p.detach().reshape(-1) for p in self._parameters])
+        scale = (1.0 if self.reduction == "mean" else 1 / self._examples) / self._carried
+        seen = [layer for layer in layers if layer.name in self._sums]
+        return {layer.name: self._sums[layer.name].means(matrix_of(layer, theta), scale) for layer in seen}
 
     def _precondition(self, gradient: Tensor, active: set[str], scale: float, out: Tensor) -> None:
-        options = self.param_groups[0]
         layers = [layer for layer in self.covered if layer.name in active]
-        self._before = {}
-        fresh = [layer for layer in layers if layer.name in self._sums]
-        A = {layer.name: self._sums[layer.name].A / self._sums[layer.name].examples for layer in fresh}
-        theta = self._theta()
-        means = {layer.name: self._means(layer, theta) for layer in fresh}
+        means = self._means(layers)
+        A = {name: self._sums[name].A / self._sums[name].examples for name in means}
         self._require_finite_parts((name, (A[name], *means[name])) for name in A)  # before anything is changed
-        for layer in fresh:
-            record = self._record_of(layer)
-            a, h, score = means[layer.name]
-            self._before[layer.name] = h, score
-            self._renew(record, A[layer.name], a, options)
+        self._before = {name: (h, score) for name, (_, h, score) in means.items()}
         for layer in layers:
-            record = self._record_of(layer)
+            record, options = self._record_of(layer), self._options(layer.name)
+            if layer.name in A:
+                pair = A[layer.name], means[layer.name][0]
+                lost = record.renew(*pair, options["ema"], math.sqrt(options["damping"]), self._inverted)
+                self.diagnostics["skipped"] += lost
             if record.steps:  # else the rule for parameters without statistics stands
                 write_matrix(layer, record.apply(matrix_of(layer, gradient) @ record.H_a), out)
 
-    def _renew(self, record: Secants, A: Tensor, a: Tensor, options: Mapping[str, Any]) -> None:
-        """Average A, and update H_A by the pair of the mean input."""
-        epsilon = math.sqrt(options["damping"])
-        if not record.steps:
-            record.A = A
-            damping = torch.full((len(A),), epsilon, dtype=torch.float64, device=A.device)
-            record.H_a = self._inverted([(A, damping)])[0]
-        else:
-            record.A = options["ema"] * record.A + (1 - options["ema"]) * A
-            s = record.H_a @ a
-            record.H_a, used = bfgs(record.H_a, s, record.A @ s + epsilon * s)
-            self.diagnostics["skipped"] += int((~used).sum())
-        record.steps += 1
-
     def _learn(self) -> None:
         """Update H_G by what the step did to the mean pre-activations and their scores."""
-        options = self.param_groups[0]
-        rho, epsilon = options["ema"], math.sqrt(options["damping"])
-        theta = self._theta()
-        for layer in self.covered:
-            if layer.name not in self._sums or layer.name not in self._before:
-                continue
-            record, (h, score) = self._record_of(layer), self._before[layer.name]
-            _, h_new, score_new = self._means(layer, theta)
-            change = h_new - h, score_new - score
-            if all(torch.isfinite(x).all() for x in change):
-                self.diagnostics["skipped"] += record.learn(*change, rho, epsilon)
-            else:
-                self.diagnostics["skipped"] += 1
+        means = self._means(layer for layer in self.covered if layer.name in self._before)
+        for name, (_, h, score) in means.items():
+            record, options = self._records[name], self._options(name)
+            change = h - self._before[name][0], score - self._before[name][1]
+            finite = all(torch.isfinite(x).all() for x in change)
+            lost = record.learn(*change, options["ema"], math.sqrt(options["damping"])) if finite else 1
+            self.diagnostics["skipped"] += lost

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisherlens.errors import InputError, NonFiniteError, NumericalWarning
+from fisherlens.errors import InputError, NonFiniteError
 from fisherlens.layout import ROOT, LayerInfo
 from fisherlens.linalg.memory import Workspace
 from fisherlens.optim import texts
-from fisherlens.optim.base import NaturalGradient, number
+from fisherlens.optim.base import NaturalGradient
+from fisherlens.optim.checks import all_finite
 from fisherlens.optim.rows import batch_scores, kernel, owned, packed, unpacked
-from fisherlens.optim.solve import RETRIES, factorise
+from fisherlens.optim.solve import factorise
 from fisherlens.optim.tap import Pass
 from fisherlens.scores.base import LayerScores
 from fisherlens.scores.conv import ConvGeometry
@@ -91,11 +91,11 @@ class RowMethod(NaturalGradient):
 
     path = "auto"
 
-    def __init__(self, model: nn.Module, defaults: dict[str, Any], **shared: Any):
+    def __init__(self, model: nn.Module, given: Mapping[str, Any]):
         self._passes: list[tuple[Pass, int]] = []
         self._kept: dict[str, KernelSolve] = {}
         self._workspace = Workspace()
-        super().__init__(model, defaults, **shared)
+        super().__init__(model, given)
         modules = dict(model.named_modules())
         convs = [layer.name for layer in self.covered if layer.kind == "conv"]
         self._geometry = {name: ConvGeometry.of(modules["" if name == ROOT else name]) for name in convs}
@@ -103,9 +103,6 @@ class RowMethod(NaturalGradient):
     def _pieces(self) -> Sequence[LayerInfo]:
         """The parts of layers that have kernels of their own; by default whole layers."""
         return self.covered
-
-    def _check_method(self) -> None:
-        pass
 
     def _schedule(self) -> None:
         super()._schedule()
@@ -129,9 +126,7 @@ class RowMethod(NaturalGradient):
         scores = batch_scores(layer, self._passes, self._parameters[0], self.path)
         return scores if self.refresh == 1 else owned(scores)
 
-    def _kernel_solve(
-        self, scores: Sequence[LayerScores], scale: float, damping: float, *, factorised: bool = True
-    ) -> KernelSolve:
+    def _kernel_solve(self, scores: Sequence[LayerScores], scale: float, *, factorised: bool = True) -> KernelSolve:
         """Take the rows of one block in: compute its kernel and factorise it, with more damping where that fails."""
         gram = None
         if factorised:
@@ -139,10 +134,10 @@ class RowMethod(NaturalGradient):
                 found = kernel(one, self.path)
                 self._require_finite_kernel(found, scale, one.layer.name)
                 gram = found if gram is None else gram + found
-        return self._factorised(scores, scale, gram, damping)
+        return self._factorised(scores, scale, gram, self._options(scores[0].layer.name)["damping"])
 
     def _require_finite_kernel(self, gram: Tensor, scale: float, layer: str) -> None:
-        if not torch.isfinite(gram.diagonal().sum() * scale) or not torch.isfinite(gram).all():
+        if not torch.isfinite(gram.diagonal().sum() * scale) or not all_finite(gram):
             raise NonFiniteError(texts.BAD_STATISTICS.format(layer=layer))
 
     def _factorised(
@@ -159,16 +154,9 @@ class RowMethod(NaturalGradient):
             self._count(found.retries, int(found.factor is None), rows.size, damping)
         return solve
 
-    def _count(self, retries: int, fallbacks: int, size: int, damping: float) -> None:
-        self.diagnostics["retries"] += retries
-        self.diagnostics["fallbacks"] += fallbacks
-        if fallbacks:
-            text = texts.NOT_DEFINITE.format(count=fallbacks, size=size, damping=damping * 10**RETRIES)
-            warnings.warn(text, NumericalWarning, stacklevel=6)
-
     def _share(self) -> float:
         """What makes the sum of the rows as they arrived the mean gradient."""
-        return 1.0 if self.reduction == "mean" else 1 / self._examples
+        return (1.0 if self.reduction == "mean" else 1 / self._examples) / self._carried
 
     def _beyond_rows(self, block: KernelSolve, g: Tensor, explained: Tensor) -> Tensor | None:
         """What of the gradient is no sum of rows, such as that of a penalty in the loss; None where it is rounding."""
@@ -204,10 +192,3 @@ class RowMethod(NaturalGradient):
             ]
             fresh[key] = self._factorised(rows, entry["scale"], entry["gram"], entry["damping"])
         self._kept = fresh
-
-
-def whole(name: str, value: Any) -> int:
-    """Check a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int; got {type(value).__name__} {value!r}.")
-    return int(number(name, value, 1))

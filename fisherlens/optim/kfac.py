@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,8 +12,10 @@ from fisherlens.likelihoods import Likelihood
 from fisherlens.linalg.dense import eigenpairs
 from fisherlens.linalg.kronecker import factored_damping
 from fisherlens.optim.averages import Averages
-from fisherlens.optim.base import choice
-from fisherlens.optim.factors import FactorSums, LayerWise, factor_sums, matrix_of, matrix_shape, write_matrix
+from fisherlens.optim.checks import choice
+from fisherlens.optim.factors import factor_sums, matrix_of, matrix_shape, write_matrix
+from fisherlens.optim.groups import Groups
+from fisherlens.optim.layerwise import LayerWise, accumulate
 from fisherlens.optim.tap import Pass
 
 DAMPINGS, FORMS = ("exact", "factored"), ("expand", "reduce")
@@ -84,8 +85,8 @@ class KFAC(LayerWise):
         form at the next one.
     kl_clip
         κ: the direction of Linear and convolution layers is multiplied by ν = min(1, √(κ / (lr² ⟨u, ḡ⟩))). None clips nothing; 1e-2 is TENGraD's.
-    preset
-        None, or ``"paper"``, which sets ``damping_form="factored"``. The exact form is our default, so that F̂ + λI is what is inverted.
+    param_groups, preset
+        Options of single parameters, see :mod:`fisherlens.optim`. ``"paper"`` sets ``damping_form="factored"``; ours inverts F̂ + λI itself.
 
     Attributes
     ----------
@@ -138,65 +139,45 @@ class KFAC(LayerWise):
         inverse_refresh: int = 5,
         kl_clip: float | None = 1e-2,
         seed: int = 0,
+        param_groups: Groups = None,
         preset: str | None = None,
     ):
-        if preset is not None:
-            choice("preset", preset, ("paper",))
-            damping_form = "factored"
-        self.damping_form = choice("damping_form", damping_form, DAMPINGS)
+        self.damping_form = choice("damping_form", damping_form if preset is None else "factored", DAMPINGS)
         self.form = choice("form", form, FORMS)
-        self.inverse_refresh = inverse_refresh
-        self._sums: dict[str, FactorSums] = {}
-        options = {"lr": lr, "damping": damping, "ema": ema, "momentum": momentum}
-        options |= {"weight_decay": weight_decay, "kl_clip": kl_clip}
-        shared = {"likelihood": likelihood, "labels": labels, "reduction": reduction, "refresh": refresh, "seed": seed}
-        super().__init__(model, options, **shared)
-
-    def _made(self) -> dict[str, Any]:
-        return {layer.name: self._new(layer, self._parameters[0]) for layer in self.covered}
+        super().__init__(model, locals())
 
     def _new(self, layer: LayerInfo, like: Tensor) -> KroneckerAverages:
-        groups, d_o, d_i = matrix_shape(layer)
-        A, right = (like.new_zeros(groups, d_i, d_i) for _ in range(2))
-        G, left = (like.new_zeros(groups, d_o, d_o) for _ in range(2))
-        return KroneckerAverages(
-            layer.name, A, G, right, left, like.new_zeros(groups, d_i), like.new_zeros(groups, d_o)
-        )
+        B, d_o, d_i = matrix_shape(layer)
+        shapes = (B, d_i, d_i), (B, d_o, d_o), (B, d_i, d_i), (B, d_o, d_o), (B, d_i), (B, d_o)
+        return KroneckerAverages(layer.name, *(like.new_zeros(shape) for shape in shapes))
 
     def _absorb(self, one: Pass, examples: int) -> None:
         for layer, calls in self._layers(one):
             found = factor_sums(layer, calls, self._parameters[0].dtype, self._workspace, self.form)
-            self._sums[layer.name] = self._sums[layer.name] + found if layer.name in self._sums else found
-
-    def _drop(self) -> None:
-        self._sums = {}
+            accumulate(self._sums, layer, found)
 
     def _precondition(self, gradient: Tensor, active: set[str], scale: float, out: Tensor) -> None:
-        options = self.param_groups[0]
         fresh = {name: (s.A / s.examples, s.G * scale) for name, s in self._sums.items() if name in active}
         self._require_finite_parts(fresh.items())  # before anything is changed
         known = []
         for layer in self.covered:
-            if layer.name not in active:
-                continue
-            pair = self._record_of(layer)
-            if layer.name in fresh:
-                A, G = fresh[layer.name]
-                pair.A.lerp_(A, 1 - options["ema"])
-                pair.G.lerp_(G, 1 - options["ema"])
-                pair.steps += 1
-            if pair.steps:  # else the rule for parameters without statistics stands
-                known.append((layer, pair))
-        self._invert([pair for _, pair in known if self._inverse_due or not pair.inversions], options)
+            if layer.name in active:
+                pair = self._record_of(layer)
+                if layer.name in fresh:
+                    A, G = fresh[layer.name]
+                    pair.update(self._options(layer.name)["ema"], A=A, G=G)
+                if pair.steps:  # else the rule for parameters without statistics stands
+                    known.append((layer, pair))
+        self._invert([pair for _, pair in known if self._inverse_due or not pair.inversions])
         for layer, pair in known:
-            write_matrix(layer, self._direction_of(pair, matrix_of(layer, gradient), options["damping"]), out)
+            write_matrix(layer, self._direction_of(pair, matrix_of(layer, gradient)), out)
 
-    def _invert(self, pairs: Sequence[KroneckerAverages], options: Mapping[str, Any]) -> None:
+    def _invert(self, pairs: Sequence[KroneckerAverages]) -> None:
         """Make of the factors what the directions need."""
         jobs = []
         for pair in pairs:
-            correction = 1 - options["ema"] ** pair.steps
-            A, G = pair.A / correction, pair.G / correction
+            options = self._options(pair.layer)
+            A, G = (pair.corrected(side, options["ema"]) for side in ("A", "G"))
             pair.inversions += 1
             if self.damping_form == "exact":
                 pair.a, pair.right = (x.to(A.dtype) for x in eigenpairs(A, f"Factor A of layer {pair.layer!r}"))
@@ -209,8 +190,9 @@ class KFAC(LayerWise):
             for pair in pairs:
                 pair.right, pair.left = next(found), next(found)
 
-    def _direction_of(self, pair: KroneckerAverages, gradient: Tensor, damping: float) -> Tensor:
+    def _direction_of(self, pair: KroneckerAverages, gradient: Tensor) -> Tensor:
         if self.damping_form == "factored":
             return pair.left @ gradient @ pair.right
         values = pair.g.clamp(min=0)[:, :, None] * pair.a.clamp(min=0)[:, None, :]  # below zero is rounding
-        return pair.left @ ((pair.left.mT @ gradient @ pair.right) / (values + damping)) @ pair.right.mT
+        damped = values + self._options(pair.layer)["damping"]
+        return pair.left @ ((pair.left.mT @ gradient @ pair.right) / damped) @ pair.right.mT

@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fisherlens.layout import LayerInfo
 from fisherlens.likelihoods import Likelihood
-from fisherlens.optim.averages import Averages, EntryAverages
-from fisherlens.optim.base import choice
-from fisherlens.optim.factors import matrix_of, matrix_shape, write_matrix
+from fisherlens.optim.averages import EntryAverages
+from fisherlens.optim.checks import choice
+from fisherlens.optim.groups import Groups
 from fisherlens.optim.mean_gradient import WarmStarted
+from fisherlens.optim.miniblocks import VARIANTS, Blocks, products, write_direction
 
-VARIANTS = ("B", "A", "released_view")
 SCALAR_EMA, SQUARE_EMA, FLOOR = 0.9, 0.999, 1e-8  # of the rule for norm layers and biases of convolutions
-
-
-@dataclass(eq=False)
-class Blocks(Averages):
-    """One matrix for all units or inputs of a dense layer, or one per kernel of a convolution; and their damped inverses."""
-
-    layer: str
-    F: Tensor  # (B, s, s)
-    inverse: Tensor  # (B, s, s)
-    inversions: int = 0
 
 
 class MBF(WarmStarted):
@@ -68,8 +56,8 @@ class MBF(WarmStarted):
         update. A changed damping takes effect at the next one.
     kl_clip
         κ: the direction of Linear and convolution layers is multiplied by ν = min(1, √(κ / (lr² ⟨u, ḡ⟩))). None clips nothing.
-    preset
-        None or ``"paper"``, which agree.
+    param_groups, preset
+        Options of single parameters, see :mod:`fisherlens.optim`. None or ``"paper"``, which agree.
 
     Attributes
     ----------
@@ -125,15 +113,11 @@ class MBF(WarmStarted):
         inverse_refresh: int = 100,
         kl_clip: float | None = None,
         seed: int = 0,
+        param_groups: Groups = None,
         preset: str | None = None,
     ):
-        if preset is not None:
-            choice("preset", preset, ("paper",))
-        self.variant, self.inverse_refresh = choice("variant", variant, VARIANTS), inverse_refresh
-        options = {"lr": lr, "damping": damping, "ema": ema, "momentum": momentum}
-        options |= {"weight_decay": weight_decay, "kl_clip": kl_clip}
-        shared = {"likelihood": likelihood, "labels": labels, "reduction": reduction, "refresh": refresh, "seed": seed}
-        super().__init__(model, options, **shared)
+        self.variant = choice("variant", variant, VARIANTS)
+        super().__init__(model, locals())
 
     def _made(self) -> dict[str, Any]:
         """Blocks of weights, and single entries of biases of convolutions and of norm layers."""
@@ -141,84 +125,43 @@ class MBF(WarmStarted):
         made: dict[str, Any] = {}
         for layer in self.covered:
             if layer.kind == "dense" or layer.weight is not None:
-                made[layer.name] = self._new(layer, like)
+                made[layer.name] = Blocks.zeros(layer, self.variant, like)
             if layer.kind == "conv" and layer.bias is not None:
-                at = slice(layer.bias.start, layer.bias.stop)
-                made[layer.bias.name] = EntryAverages(
-                    layer.name, at, like.new_zeros(layer.bias.numel), like.new_zeros(layer.bias.numel)
-                )
+                made[layer.bias.name] = EntryAverages.of(layer.name, layer.bias, like)
         norms = [layer for layer in self.layout.layers if layer.kind == "norm"]
-        return made | {layer.name: EntryAverages.of_layer(layer, like) for layer in norms}
-
-    def _new(self, layer: LayerInfo, like: Tensor) -> Blocks:
-        _, d_o, d_i = matrix_shape(layer)
-        if layer.kind == "conv":
-            k = layer.weight.numel // (layer.weight.shape[0] * layer.weight.shape[1])
-            count = layer.weight.shape[0] * layer.weight.shape[1]
-        else:
-            count, k = 1, d_i if self.variant == "A" else d_o
-        return Blocks(layer.name, like.new_zeros(count, k, k), like.new_zeros(count, k, k))
-
-    def _products(self, layer: LayerInfo, flat: Tensor) -> Tensor:
-        """What F averages, for one flat gradient."""
-        if layer.kind == "conv":
-            g = self._kernels(layer, flat)
-            return g[:, :, None] * g[:, None, :]
-        G = self._rows(layer, flat)
-        return (G.T @ G / len(G))[None]
-
-    def _kernels(self, layer: LayerInfo, flat: Tensor) -> Tensor:
-        """Kernels of a convolution, one per pair of channels: (B, k)."""
-        shape = layer.weight.shape
-        return flat[layer.weight.start : layer.weight.stop].view(shape[0] * shape[1], -1)
-
-    def _rows(self, layer: LayerInfo, flat: Tensor) -> Tensor:
-        """A dense layer's gradients as rows of which S is the mean outer product, whose other axis is that of S."""
-        G = matrix_of(layer, flat)[0]  # (O, I+1)
-        return G if self.variant == "A" else G.T if self.variant == "B" else G.reshape(G.shape[1], G.shape[0])
+        return made | {layer.name: EntryAverages.of(layer.name, layer, like) for layer in norms}
 
     def _precondition(self, gradient: Tensor, active: set[str], scale: float, out: Tensor) -> None:
-        options, step = self.param_groups[0], self.diagnostics["steps"]
-        if self._records is None:
-            self._records = self._made()
-        blocks = [x for x in self.covered if x.name in active and isinstance(self._records.get(x.name), Blocks)]
+        step, records = self.diagnostics["steps"], self._made() if self._records is None else self._records
+        self._records = records
+        blocks = [x for x in self.covered if x.name in active and isinstance(records.get(x.name), Blocks)]
         if self._due:
             flat, known = self._statistic(gradient, active, scale)
-            fresh = {layer.name: self._products(layer, flat) for layer in blocks if layer.name in known}
+            fresh = {layer.name: products(layer, flat, self.variant) for layer in blocks if layer.name in known}
             self._require_finite_parts((name, (S,)) for name, S in fresh.items())  # before anything is changed
             for name, S in fresh.items():
-                self._records[name].F.lerp_(S, 1 - options["ema"])
+                records[name].F.lerp_(S, 1 - self._options(name)["ema"])
         if step % self.inverse_refresh == 0 or (step <= self.inverse_refresh and self._due):
-            self._invert([self._records[layer.name] for layer in blocks])
+            self._invert([records[layer.name] for layer in blocks])
         m = gradient.clone()
-        if options["momentum"]:
-            self._add_momentum(m, active, options["momentum"])
-        out.copy_(m / (1 + options["damping"]))  # the rule of what is not covered
+        if self._any("momentum"):
+            self._add_momentum(m, active)
+        out.copy_(self._rest(m))  # the rule of what is not covered
         for layer in blocks:
-            self._write_direction(layer, self._records[layer.name], m, out)
-        for entries in self._records.values():
+            damping = self._options(layer.name)["damping"]
+            write_direction(layer, records[layer.name], m, self.variant, damping, out)
+        for entries in records.values():
             if isinstance(entries, EntryAverages) and entries.layer in active:
                 entries.m.lerp_(gradient[entries.at], 1 - SCALAR_EMA)
                 entries.h.lerp_(entries.m.square(), 1 - SQUARE_EMA)
                 entries.steps += 1
                 out[entries.at] = entries.m / (FLOOR + (entries.h / (1 - SQUARE_EMA**entries.steps)).sqrt())
 
-    def _write_direction(self, layer: LayerInfo, blocks: Blocks, m: Tensor, out: Tensor) -> None:
-        """(F + λI)⁻¹ m; m / λ before the first inversion."""
-        damping = self.param_groups[0]["damping"]
-        if layer.kind == "conv":
-            kernels = self._kernels(layer, m)
-            u = torch.bmm(blocks.inverse, kernels[:, :, None])[:, :, 0] if blocks.inversions else kernels / damping
-            out[layer.weight.start : layer.weight.stop] = u.reshape(-1)
-            return
-        rows = self._rows(layer, m)
-        rows = rows @ blocks.inverse[0] if blocks.inversions else rows / damping
-        shape = matrix_shape(layer)[1:]
-        write_matrix(layer, (rows.T if self.variant == "B" else rows.reshape(shape))[None], out)
-
     def _invert(self, blocks: list[Blocks]) -> None:
-        like, damping = self._parameters[0], self.param_groups[0]["damping"]
-        jobs = [(x.F, torch.full((len(x.F),), damping, dtype=torch.float64, device=like.device)) for x in blocks]
+        jobs = []
+        for x in blocks:
+            damping = self._options(x.layer)["damping"]
+            jobs.append((x.F, torch.full((len(x.F),), damping, dtype=torch.float64, device=x.F.device)))
         for one, inverse in zip(blocks, self._inverted(jobs), strict=True):
             one.inverse, one.inversions = inverse, one.inversions + 1
 
@@ -227,7 +170,7 @@ class MBF(WarmStarted):
         layers = [layer for layer in self.covered if isinstance(records.get(layer.name), Blocks)]
         for count, flat in enumerate(gradients, 1):
             for layer in layers:
-                records[layer.name].F.lerp_(self._products(layer, flat), 1 / count)
+                records[layer.name].F.lerp_(products(layer, flat, self.variant), 1 / count)
         self._require_finite_parts((layer.name, (records[layer.name].F,)) for layer in layers)
         self._invert([records[layer.name] for layer in layers])
         self._records = records

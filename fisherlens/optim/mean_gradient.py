@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fisherlens.errors import InputError
 from fisherlens.optim import texts
-from fisherlens.optim.factors import LayerWise, summed_scores, write_matrix
+from fisherlens.optim.factors import summed_scores, write_matrix
+from fisherlens.optim.layerwise import LayerWise
 from fisherlens.optim.tap import Pass
 from fisherlens.scores.recorder import preserved_randomness
 from fisherlens.scores.source import Source, call
@@ -23,10 +24,6 @@ class MeanGradient(LayerWise):
 
     An outer product of ḡ is M times smaller than that of the scores of M examples, and so are the λ and lr that belong to it.
     """
-
-    def __init__(self, model: nn.Module, defaults: dict[str, Any], **shared: Any):
-        self._drop()
-        super().__init__(model, defaults, **shared)
 
     @property
     def _needs_scores(self) -> bool:
@@ -58,8 +55,8 @@ class MeanGradient(LayerWise):
 class WarmStarted(MeanGradient):
     """A method of mean gradients whose averages may start from one pass over the data."""
 
-    def __init__(self, model: nn.Module, defaults: dict[str, Any], **shared: Any):
-        super().__init__(model, defaults, **shared)
+    def __init__(self, model: nn.Module, given: Mapping[str, Any]):
+        super().__init__(model, given)
         self._model = weakref.ref(model)  # an optimizer keeps no model alive
 
     @abstractmethod
@@ -101,6 +98,7 @@ class WarmStarted(MeanGradient):
         finally:
             self._tap.listening = listening
             self._clear()
+            self._drawn = self._generator.get_state()
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)

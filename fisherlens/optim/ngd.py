@@ -13,8 +13,9 @@ from fisherlens.likelihoods import Likelihood
 from fisherlens.linalg.cg import conjugate_gradients
 from fisherlens.optim import texts
 from fisherlens.optim.adaptive import AdaptiveDamping
-from fisherlens.optim.base import choice, number
-from fisherlens.optim.kernels import KernelSolve, RowMethod, whole
+from fisherlens.optim.checks import choice, number, whole
+from fisherlens.optim.groups import Groups
+from fisherlens.optim.kernels import KernelSolve, RowMethod
 
 SOLVERS = ("auto", "kernel", "cg")
 
@@ -57,8 +58,8 @@ class NGD(AdaptiveDamping, RowMethod):
         such a step, so that ``.grad`` then belongs to the new parameters.
     reduction, refresh
         How the loss combines examples, ``"mean"`` or ``"sum"``; steps between new rows (U of an old batch in between, first form).
-    preset
-        None or ``"paper"``, which agree: there is no one source.
+    param_groups, preset
+        Options of single parameters, see :mod:`fisherlens.optim`. None or ``"paper"``, which agree: there is no one source.
 
     Attributes
     ----------
@@ -92,6 +93,8 @@ class NGD(AdaptiveDamping, RowMethod):
     (True, 20)
     """
 
+    crosses_layers = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -112,18 +115,15 @@ class NGD(AdaptiveDamping, RowMethod):
         reduction: str = "mean",
         refresh: int = 1,
         seed: int = 0,
+        param_groups: Groups = None,
         preset: str | None = None,
     ):
-        if preset is not None:
-            choice("preset", preset, ("paper",))
         self.solver, self.adapt_damping = choice("solver", solver, SOLVERS), bool(adapt_damping)
         self.max_rows, self.cg_steps = whole("max_rows", max_rows), whole("cg_steps", cg_steps)
         self.cg_tol = number("cg_tol", cg_tol, strict=True)
         self.warm_start = number("warm_start", warm_start)
         self._last: Tensor | None = None  # d of the last step, flat
-        options = {"lr": lr, "damping": damping, "momentum": momentum, "weight_decay": weight_decay, "kl_clip": kl_clip}
-        shared = {"likelihood": likelihood, "labels": labels, "reduction": reduction, "refresh": refresh, "seed": seed}
-        super().__init__(model, options, **shared)
+        super().__init__(model, locals())
         self.diagnostics["cg_steps"] = 0
 
     def _precondition(self, gradient: Tensor, active: set[str], scale: float, out: Tensor) -> None:
@@ -131,8 +131,7 @@ class NGD(AdaptiveDamping, RowMethod):
         if fresh:
             scores = [self._scores(layer) for layer in self.covered if layer.name in active]
             few = self.solver == "kernel" or (self.solver == "auto" and self._examples <= self.max_rows)
-            damping = self.param_groups[0]["damping"]
-            self._kept = {"all": self._kernel_solve(scores, scale, damping, factorised=few)} if scores else {}
+            self._kept = {"all": self._kernel_solve(scores, scale, factorised=few)} if scores else {}
         for block in self._kept.values():
             g = block.of(gradient)
             if block.gram is None:

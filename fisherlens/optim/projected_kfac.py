@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,21 +11,11 @@ from torch import Tensor, nn
 
 from fisherlens.layout import LayerInfo
 from fisherlens.likelihoods import Likelihood
-from fisherlens.optim.base import choice
-from fisherlens.optim.factors import LayerWise, matrix_of, matrix_shape, whole, write_matrix
-from fisherlens.optim.projection import (
-    Seen,
-    Side,
-    apply_side,
-    change_basis,
-    damping_columns,
-    orthonormal,
-    random_basis,
-    recursive_inverse,
-    rows_of,
-    seen_from,
-    shares,
-)
+from fisherlens.optim.checks import whole
+from fisherlens.optim.factors import matrix_of, matrix_shape, write_matrix
+from fisherlens.optim.groups import Groups
+from fisherlens.optim.layerwise import LayerWise, accumulate
+from fisherlens.optim.projection import Pair, Seen, Side, apply_side, power_steps, rows_of, seen_from, shares
 from fisherlens.optim.tap import Call, Pass
 
 
@@ -51,36 +42,29 @@ class ProjectedKFAC(LayerWise):
     ----------
     model
         The network itself. Trains all parameters that require grad, of one device and dtype, float32 or float64.
-    lr, damping
-        Step length and λ, both > 0; λ is shared between the factors, as above.
-    likelihood
-        Name or fisherlens likelihood; draws sampled labels. With true labels the loss says all.
-    rank
-        r; a factor of smaller order d has r = d and P = I, so that nothing is projected.
-    sketches
-        k, the random signs per row and update.
-    ema
-        β, in [0, 1). 0 averages nothing: each update inverts PᵀCP + γI of its own batch, without signs.
+    rank, sketches
+        r; a factor of smaller order d has r = d and P = I, so that nothing is projected. k, the random signs per row and update.
+    lr, damping, ema
+        Step length and λ, both > 0, λ shared between the factors as above. β in [0, 1); 0 averages nothing: each update inverts PᵀCP + γI
+        of its own batch, without signs.
     momentum, weight_decay
         Of the directions, in [0, 1); decoupled decay, θ is first multiplied by 1 - lr * weight_decay.
-    labels, seed
+    likelihood, labels, seed
         ``"sampled"``: labels drawn from the model. ``"true"``: the user's loss. The seed also draws signs and first bases.
-    reduction
-        How the loss combines examples, ``"mean"`` or ``"sum"`` (the steps are the same).
-    refresh, inverse_refresh
-        Steps from one update of the inverses to the next; T_P, from one change of the bases to the next, at a step that updates.
-    kl_clip
-        κ: the direction of Linear and convolution layers is multiplied by ν = min(1, √(κ / (lr² ⟨u, ḡ⟩))). None clips nothing; 1e-2 is TENGraD's.
-    rescale
-        True gives the direction of each layer the length of its gradient.
-    preset
-        None or ``"paper"``, which agree: no text of this method is at hand, the algorithm is our reading.
+    reduction, refresh, inverse_refresh
+        How the loss combines examples, ``"mean"`` or ``"sum"``; steps from one update of the inverses to the next; T_P, from one change of
+        the bases to the next, at a step that updates.
+    kl_clip, rescale
+        κ: the direction of Linear and convolution layers is multiplied by ν = min(1, √(κ / (lr² ⟨u, ḡ⟩))), None clips nothing, 1e-2 is
+        TENGraD's. True gives the direction of each layer the length of its gradient.
+    param_groups, preset
+        Options of single parameters, see :mod:`fisherlens.optim`. None or ``"paper"``, which agree: the algorithm is our reading.
 
     Attributes
     ----------
     diagnostics : dict
-        Counts: ``steps``, ``refreshes`` of the inverses, ``retries`` (inverses made anew from the batch, because an update had lost its
-        positive pivots), ``fallbacks`` (inverses that even so became I / (10⁶ γ)).
+        Counts: ``steps``, ``refreshes`` of the inverses, ``retries`` (inverses made anew from the batch: an update had lost its positive pivots),
+        ``fallbacks`` (inverses that even so became I / (10⁶ γ)).
 
     Raises
     ------
@@ -89,10 +73,10 @@ class ProjectedKFAC(LayerWise):
 
     Notes
     -----
-    The first update starts from PᵀCP of its batch, P from two power steps on random directions. The inverse is symmetrised after each
-    update; without that float32 diverges within a few hundred updates. Cost per factor: 4 M T d r operations per change of the basis,
-    2 M T d r per update, d r + r² floats; 4 P (r_A + r_G) per step. Convolutions: rows are positions, A a mean over examples, G over both.
-    A step that changes the bases keeps the batch's inputs and scores until it is taken.
+    The first update starts from PᵀCP of its batch, P from two power steps on random directions. The inverse is symmetrised after each update;
+    without that float32 diverges within a few hundred. Cost per factor: 4 M T d r operations per change of the basis, 2 M T d r per update,
+    d r + r² floats; 4 P (r_A + r_G) per step. Convolutions: rows are positions, A a mean over examples, G over both. A step that changes the
+    bases keeps the batch's inputs and scores until it is taken.
 
     Examples
     --------
@@ -128,37 +112,27 @@ class ProjectedKFAC(LayerWise):
         kl_clip: float | None = 1e-2,
         rescale: bool = False,
         seed: int = 0,
+        param_groups: Groups = None,
         preset: str | None = None,
     ):
-        if preset is not None:
-            choice("preset", preset, ("paper",))
         self.rank, self.sketches, self.rescale = whole("rank", rank), whole("sketches", sketches), rescale
-        self.inverse_refresh = inverse_refresh
-        self._drop()
-        options = {"lr": lr, "damping": damping, "ema": ema, "momentum": momentum}
-        options |= {"weight_decay": weight_decay, "kl_clip": kl_clip}
-        shared = {"likelihood": likelihood, "labels": labels, "reduction": reduction, "refresh": refresh, "seed": seed}
-        super().__init__(model, options, **shared)
+        super().__init__(model, locals())
 
     def _made(self) -> dict[str, Any]:
         made = {}
         for layer in self.covered:
-            groups, d_o, d_i = matrix_shape(layer)
-            for side, d in (("a", d_i), ("g", d_o)):
-                r = min(self.rank, d)
-                shapes = (groups, d, r), (groups, r, r), (groups,), (groups,), (groups,)
-                zeros = (self._parameters[0].new_zeros(shape) for shape in shapes)
-                made[f"{layer.name} {side}"] = Side(layer.name, *zeros)
+            B, d_o, d_i = matrix_shape(layer)
+            made[f"{layer.name} a"] = Side.zeros(layer.name, self._parameters[0], B, d_i, self.rank)
+            made[f"{layer.name} g"] = Side.zeros(layer.name, self._parameters[0], B, d_o, self.rank)
         return made
 
     def _sides(self, layer: LayerInfo) -> tuple[Side, Side]:
-        if self._records is None:
-            self._records = self._made()
+        self._records = self._made() if self._records is None else self._records
         return self._records[f"{layer.name} a"], self._records[f"{layer.name} g"]
 
     def _absorb(self, one: Pass, examples: int) -> None:
         for layer, calls in self._layers(one):
-            self._counts[layer.name] = self._counts.get(layer.name, 0) + examples
+            accumulate(self._counts, layer, examples)
             sides = self._sides(layer)
             if self._inverse_due or not sides[0].steps:  # the bases come first
                 self._held.setdefault(layer.name, []).append(calls)
@@ -168,96 +142,59 @@ class ProjectedKFAC(LayerWise):
     def _draws(self) -> torch.Generator:
         """Random numbers of this step, the same again after a step that was refused."""
         if self._step_generator is None:
-            self._step_generator = torch.Generator().manual_seed(
-                ((self.seed << 32) + self.diagnostics["steps"]) % 2**63
-            )
+            seed = ((self.seed << 32) + self.diagnostics["steps"]) % 2**63
+            self._step_generator = torch.Generator().manual_seed(seed)
         return self._step_generator
 
-    def _state(self) -> dict[str, Any]:
-        return super()._state() | {"seed": self.seed}
-
-    def _load_state(self, state: Mapping[str, Any]) -> None:
-        super()._load_state(state)
-        self.seed = state["seed"]
-
     def _drop(self) -> None:
+        super()._drop()  # of what is seen from the bases
         self._step_generator: torch.Generator | None = None
         self._held: dict[str, list[list[Call]]] = {}
-        self._seen_from: dict[str, tuple[Seen, Seen]] = {}
         self._counts: dict[str, int] = {}
+
+    def _rows(self, layer: LayerInfo, passes: Sequence[Sequence[Call]]) -> Iterator[tuple[Tensor, Tensor]]:
+        for calls in passes:
+            yield from rows_of(layer, calls, self._parameters[0].dtype, self._workspace)
 
     def _look(self, layer: LayerInfo, calls: Sequence[Call], bases: Sequence[Tensor]) -> None:
         """Add one pass to what is seen from the bases."""
-        for rows in rows_of(layer, calls, self._parameters[0].dtype, self._workspace):
-            found = tuple(seen_from(P, x, self.sketches, self._draws()) for x, P in zip(rows, bases, strict=True))
-            old = self._seen_from.get(layer.name)
-            self._seen_from[layer.name] = found if old is None else (old[0] + found[0], old[1] + found[1])
-
-    def _bases(self, layer: LayerInfo) -> list[Tensor]:
-        """P ← qr(C P) from the current batch; the first time from random directions, twice."""
-        sides = self._sides(layer)
-        P = [random_basis(side.P, self._draws()) if not side.steps else side.P for side in sides]
-        for _ in range(1 if sides[0].steps else 2):
-            if all(one.shape[1] == one.shape[2] for one in P):
-                break
-            powers = [torch.zeros_like(one) for one in P]
-            for calls in self._held[layer.name]:
-                for rows in rows_of(layer, calls, self._parameters[0].dtype, self._workspace):
-                    for power, one, x in zip(powers, P, rows, strict=True):
-                        power += x @ (x.mT @ one)
-            self._require_finite_parts([(layer.name, powers)])
-            P = [orthonormal(power, one) for power, one in zip(powers, P, strict=True)]
-        return P
+        for rows in self._rows(layer, [calls]):
+            a, g = (seen_from(P, x, self.sketches, self._draws()) for x, P in zip(rows, bases, strict=True))
+            accumulate(self._sums, layer, Pair(a, g))
 
     def _precondition(self, gradient: Tensor, active: set[str], scale: float, out: Tensor) -> None:
-        options = self.param_groups[0]
         layers = [layer for layer in self.covered if layer.name in active]
         bases = {}
         for layer in layers:
-            if layer.name in self._held:
-                bases[layer.name] = self._bases(layer)
-                for calls in self._held[layer.name]:
+            if passes := self._held.get(layer.name):
+                rows = partial(self._rows, layer, passes)
+                bases[layer.name] = power_steps(self._sides(layer), rows, self._draws())
+                for calls in passes:
                     self._look(layer, calls, bases[layer.name])
-        means = {}
-        for layer in layers:
-            if layer.name in self._seen_from:
-                factors = 1 / self._counts[layer.name], scale
-                pairs = zip(self._seen_from[layer.name], factors, strict=True)
-                means[layer.name] = tuple(one.mean(factor) for one, factor in pairs)
+        seen = {layer.name: self._sums[layer.name] for layer in layers if layer.name in self._sums}
+        means = {name: (pair.a.mean(1 / self._counts[name]), pair.g.mean(scale)) for name, pair in seen.items()}
         self._require_finite_parts((k, [x for s in pair for x in vars(s).values()]) for k, pair in means.items())
         for layer in layers:
             sides = self._sides(layer)
             if layer.name in means:
-                self._update(sides, means[layer.name], bases.get(layer.name), options["ema"], options["damping"])
+                self._update(sides, means[layer.name], bases.get(layer.name))
             if sides[0].steps:  # else the rule for parameters without statistics stands
                 self._write_direction(layer, sides, matrix_of(layer, gradient), out)
 
-    def _update(
-        self, sides: tuple[Side, Side], seen: tuple[Seen, Seen], bases: Sequence[Tensor] | None, beta: float, damping: float
-    ) -> None:  # fmt: skip
+    def _update(self, sides: tuple[Side, Side], seen: tuple[Seen, Seen], bases: Sequence[Tensor] | None) -> None:
+        options = self._options(sides[0].layer)
         levels = [side.level for side in sides]
         for side, new in zip(sides, seen, strict=True):
-            side.average(new, beta)
-        for k, gamma in enumerate(shares(*sides, damping)):
-            side, new, fresh = sides[k], seen[k], not sides[k].steps or beta == 0
-            if bases is not None:
-                if not fresh:
-                    change_basis(side, bases[k], levels[k])
-                side.P = bases[k]
-            side.gamma = gamma
-            stands = torch.zeros(len(gamma), dtype=torch.bool, device=gamma.device)
-            if not fresh:
-                columns = torch.cat([new.sketch, damping_columns(side.Q, gamma, side.steps)], dim=2)
-                side.Q, stands = recursive_inverse(side.Q, columns, beta)
-                self.diagnostics["retries"] += int((~stands).sum())
-            if not stands.all():  # from the batch itself
-                side.Q[~stands] = self._inverted([(new.gram[~stands], gamma[~stands].double())])[0]
-            side.steps += 1
+            side.average(new, options["ema"])
+        gammas = shares(*sides, options["damping"])
+        for k, (side, new, gamma) in enumerate(zip(sides, seen, gammas, strict=True)):
+            lost, afresh = side.advance(new, gamma, bases and (bases[k], levels[k]), options["ema"])
+            self.diagnostics["retries"] += 0 if afresh else int(lost.sum())
+            if lost.any():  # from the batch itself
+                side.Q[lost] = self._inverted([(new.gram[lost], gamma[lost].double())])[0]
 
     def _write_direction(self, layer: LayerInfo, sides: tuple[Side, Side], gradient: Tensor, out: Tensor) -> None:
-        right = apply_side(sides[0], gradient.mT).mT
-        u = apply_side(sides[1], right)
-        if self.rescale:
-            length = torch.linalg.vector_norm(u)
-            u = u * (torch.linalg.vector_norm(gradient) / length) if length > 0 else u
+        u = apply_side(sides[1], apply_side(sides[0], gradient.mT).mT)
+        if self.rescale and u.any():
+            u = u * (torch.linalg.vector_norm(gradient) / torch.linalg.vector_norm(u))
         write_matrix(layer, u, out)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fisherlens.errors import NonFiniteError
 from fisherlens.layout import LayerInfo
 from fisherlens.linalg.memory import Workspace
+from fisherlens.optim import texts
 from fisherlens.optim.averages import Averages
 from fisherlens.optim.factors import positions
 from fisherlens.optim.tap import Call
@@ -30,6 +33,12 @@ class Side(Averages):
     gamma: Tensor  # (B,)
     steps: int = 0
 
+    @classmethod
+    def zeros(cls, layer: str, like: Tensor, B: int, d: int, rank: int) -> Side:
+        """Nothing seen yet, on at most ``rank`` directions, in the dtype and on the device of ``like``."""
+        r = min(rank, d)
+        return cls(layer, *(like.new_zeros(shape) for shape in ((B, d, r), (B, r, r), (B,), (B,), (B,))))
+
     @property
     def level(self) -> Tensor:
         """Mean eigenvalue outside the basis, (B, 1, 1)."""
@@ -42,6 +51,26 @@ class Side(Averages):
         inside = new.gram.diagonal(dim1=-2, dim2=-1).sum(-1)
         self.trace = self.trace.lerp(new.squares, weight)
         self.outside = self.outside.lerp(new.squares - inside, weight)
+
+    def advance(
+        self, new: Seen, gamma: Tensor, moved: tuple[Tensor, Tensor] | None, beta: float
+    ) -> tuple[Tensor, bool]:
+        """Take one update into Q; which blocks have none now, (B,), and whether that is so because they start afresh.
+
+        ``moved`` is another basis, if there is one, and the level outside the old one.
+        """
+        afresh = not self.steps or beta == 0
+        if moved is not None:
+            if not afresh:
+                change_basis(self, *moved)
+            self.P = moved[0]
+        self.gamma = gamma
+        stands = torch.zeros(len(gamma), dtype=torch.bool, device=gamma.device)
+        if not afresh:
+            columns = torch.cat([new.sketch, damping_columns(self.Q, gamma, self.steps)], dim=2)
+            self.Q, stands = recursive_inverse(self.Q, columns, beta)
+        self.steps += 1
+        return ~stands, afresh
 
 
 @dataclass(eq=False)
@@ -61,6 +90,16 @@ class Seen:
         return Seen(self.gram * factor, self.sketch * share, self.squares * factor)
 
 
+class Pair(NamedTuple):
+    """What is seen of both factors of a layer."""
+
+    a: Seen
+    g: Seen
+
+    def __add__(self, other: Pair) -> Pair:  # type: ignore[override]
+        return Pair(self.a + other.a, self.g + other.g)
+
+
 def seen_from(P: Tensor, x: Tensor, sketches: int, generator: torch.Generator) -> Seen:
     """Look at rows x, in columns (B, d, m), from a basis, with fresh random signs."""
     y = P.mT @ x  # (B, r, m)
@@ -74,6 +113,24 @@ def random_basis(like: Tensor, generator: torch.Generator) -> Tensor:
         return torch.eye(like.shape[1], dtype=like.dtype, device=like.device).expand_as(like).clone()
     start = torch.randn(like.shape, generator=generator, dtype=torch.float64)
     return torch.linalg.qr(start)[0].to(like.device, like.dtype)
+
+
+def power_steps(
+    sides: Sequence[Side], rows: Callable[[], Iterator[tuple[Tensor, ...]]], generator: torch.Generator
+) -> list[Tensor]:
+    """P ← qr(C P) from the rows of the current batch; the first time from random directions, twice."""
+    P = [random_basis(side.P, generator) if not side.steps else side.P for side in sides]
+    for _ in range(1 if sides[0].steps else 2):
+        if all(one.shape[1] == one.shape[2] for one in P):
+            break
+        powers = [torch.zeros_like(one) for one in P]
+        for found in rows():
+            for power, one, x in zip(powers, P, found, strict=True):
+                power += x @ (x.mT @ one)
+        if not all(torch.isfinite(power).all() for power in powers):
+            raise NonFiniteError(texts.BAD_STATISTICS.format(layer=sides[0].layer))
+        P = [orthonormal(power, one) for power, one in zip(powers, P, strict=True)]
+    return P
 
 
 def rows_of(

@@ -12,7 +12,8 @@ from fisherlens.errors import NonFiniteError
 from fisherlens.layout import LayerInfo
 from fisherlens.likelihoods import Likelihood
 from fisherlens.optim import texts
-from fisherlens.optim.base import choice, number
+from fisherlens.optim.checks import all_finite
+from fisherlens.optim.groups import Groups
 from fisherlens.optim.kernels import RowMethod
 from fisherlens.optim.units import (
     by_unit,
@@ -56,8 +57,8 @@ class QuasiDiagonal(RowMethod):
         κ: ν = min(1, √(κ / (lr² ⟨d, ḡ⟩))) over the covered layers. None clips nothing.
     reduction, refresh
         How the loss combines examples, ``"mean"`` or ``"sum"``; steps from one update of the statistics to the next.
-    preset
-        None or ``"paper"``, which agree: there is no one source.
+    param_groups, preset
+        Options of single parameters, see :mod:`fisherlens.optim`. None or ``"paper"``, which agree: there is no one source.
 
     Attributes
     ----------
@@ -105,47 +106,36 @@ class QuasiDiagonal(RowMethod):
         reduction: str = "mean",
         refresh: int = 1,
         seed: int = 0,
+        param_groups: Groups = None,
         preset: str | None = None,
     ):
-        if preset is not None:
-            choice("preset", preset, ("paper",))
         self._averages: dict[
             str, dict[str, Any]
         ] = {}  # layer -> diagonal and bias row (d_o, s each), divisor 1 - rho^t
-        options = {"lr": lr, "damping": damping, "ema": ema, "momentum": momentum}
-        options |= {"weight_decay": weight_decay, "kl_clip": kl_clip}
-        shared = {"likelihood": likelihood, "labels": labels, "reduction": reduction, "refresh": refresh, "seed": seed}
-        super().__init__(model, options, **shared)
+        super().__init__(model, locals())
 
     def _has_statistics(self) -> bool:
         return bool(self._averages)
 
-    def _check_options(self, options: Mapping[str, Any]) -> None:
-        super()._check_options(options)
-        number("ema", options["ema"], 0.0, 1.0)
-
     def _precondition(self, gradient: Tensor, active: set[str], scale: float, out: Tensor) -> None:
-        options = self.param_groups[0]
         layers = [layer for layer in self.covered if layer.name in active]
         if self._tap.listening:
             fresh = {layer.name: self._moments(layer).mul_(scale) for layer in layers}
             for name, found in fresh.items():
-                if not torch.isfinite(found).all():
+                if not all_finite(found):
                     raise NonFiniteError(texts.BAD_STATISTICS.format(layer=name))
             for name, found in fresh.items():
                 own = self._averages.setdefault(name, {"F": torch.zeros_like(found), "weight": 0.0})
-                own["F"].lerp_(found, 1 - options["ema"])
-                own["weight"] = options["ema"] * own["weight"] + 1 - options["ema"]  # 1 - rho^t
+                ema = self._options(name)["ema"]
+                own["F"].lerp_(found, 1 - ema)
+                own["weight"] = ema * own["weight"] + 1 - ema  # 1 - rho^t
         for layer in layers:
             if layer.name in self._averages:
-                own = self._averages[layer.name]
+                own, damping = self._averages[layer.name], self._options(layer.name)["damping"]
                 diagonal, row = own["F"] / own["weight"]
                 both = layer.weight is not None and layer.bias is not None
-                write_units(
-                    layer,
-                    _solve_units(diagonal, row if both else None, by_unit(layer, gradient), options["damping"]),
-                    out,
-                )
+                d = _solve_units(diagonal, row if both else None, by_unit(layer, gradient), damping)
+                write_units(layer, d, out)
 
     def _moments(self, layer: LayerInfo) -> Tensor:
         """Σ_n u_ni² and Σ_n u_ni u_n0 of every unit over the rows as they arrived, ``(2, d_o, s)``, the bias last."""

@@ -15,18 +15,19 @@ from fisherlens.errors import InputError
 from fisherlens.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from fisherlens.optim import texts
 from fisherlens.optim.secant import random_states, set_random_states
-from fisherlens.optim.tap import ScoreTap, _Hook
+from fisherlens.optim.tap import ScoreTap, _Hook, at_least_single
 from fisherlens.scores.source import tensors_of
 
 
 @dataclass(eq=False)
 class Run:
-    """One forward pass: what the model was given, what it drew from and returned, and the gradient of the loss there."""
+    """One forward pass: what the model was given, how it ran, what it returned, and the gradient of the loss there."""
 
     number: int
     inputs: tuple[Any, ...]
     versions: list[int]
     random: tuple[Tensor, Tensor | None]
+    autocast: tuple[bool, torch.dtype]
     outputs: Tensor | None = None
     signal: Tensor | None = None
 
@@ -64,7 +65,9 @@ class Replay:
         self._pending.clear()  # of backward passes that added to no .grad
         if self.listening and torch.is_grad_enabled():
             versions = [x._version for x in _tensors((args, kwargs))]
-            self._current = Run(self._tap._number, (args, kwargs), versions, random_states(self._device))
+            kind = self._device.type
+            autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+            self._current = Run(self._tap._number, (args, kwargs), versions, random_states(self._device), autocast)
 
     def _leave(self, _module: nn.Module, _args: Any, outputs: Any) -> None:
         run, self._current = self._current, None
@@ -86,12 +89,21 @@ class Replay:
         self.runs = {}
         self._pending.clear()
 
-    def again(self, runs: Sequence[Run], *, mean: bool) -> None:
-        """Backpropagate the passes once more; ``.grad`` is put back afterwards, the tap has listened."""
+    def kept(self, numbers: Sequence[int], name: str) -> list[Run]:
+        """Runs with these numbers, all of which must be there as they were; ``name`` is the method's."""
+        runs = [self.runs.get(number) for number in numbers]
+        if any(run is None for run in runs):
+            raise InputError(texts.NO_CLOSURE.format(name=name))
+        if any([x._version for x in _tensors(run.inputs)] != run.versions for run in runs):
+            raise InputError(texts.WRITTEN_OVER.format(layer="(the model)"))
+        return runs
+
+    def again(self, runs: Sequence[Run], *, mean: bool, scale: float) -> None:
+        """Backpropagate the passes once more, with the ``scale`` of the loss; ``.grad`` is put back afterwards, the tap has listened."""
         model = self._model()
         if model is None:
             raise InputError(texts.MODEL_GONE.format(name="An optimizer"))
-        total = sum(self._bound(run.outputs).weight.sum().item() for run in runs)
+        total = sum(self._bound(run.outputs).weight.sum().item() for run in runs) if mean else 1
         kept = [(p, p.grad) for p in model.parameters()]
         listening, self.listening = self.listening, False
         try:
@@ -99,21 +111,19 @@ class Replay:
                 p.grad = None
             for run in runs:
                 set_random_states(run.random, self._device)
-                with torch.enable_grad():
+                enabled, dtype = run.autocast
+                with torch.enable_grad(), torch.autocast(self._device.type, dtype=dtype, enabled=enabled):
                     outputs = model(*run.inputs[0], **run.inputs[1])
-                    change = self._bound(outputs).loss_gradient() - self._bound(run.outputs).loss_gradient()
-                    outputs.backward(run.signal + change / (total if mean else 1))
+                change = self._bound(outputs).loss_gradient() - self._bound(run.outputs).loss_gradient()
+                outputs.backward((run.signal + change * (scale / total)).to(outputs.dtype))
         finally:
             self.listening = listening
             for p, grad in kept:
                 p.grad = grad
 
-    def unmodified(self, run: Run) -> bool:
-        """Whether the inputs are still what the model was given."""
-        return [x._version for x in _tensors(run.inputs)] == run.versions
-
     def _bound(self, outputs: Tensor) -> Any:
         """The likelihood at some outputs, with labels that do not matter."""
+        outputs = at_least_single(outputs)
         if isinstance(self._likelihood, Categorical):
             targets = torch.zeros_like(outputs.detach().select(self._likelihood.class_axis, 0), dtype=torch.int64)
         else:

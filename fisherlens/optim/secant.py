@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,27 @@ class Secants(Averages):
     Y: Tensor
     steps: int = 0
     pairs: int = 0
+
+    @classmethod
+    def start(cls, layer: str, like: Tensor, B: int, d_o: int, d_i: int, memory: int | None) -> Secants:
+        """H_G = I, or no pairs; in the dtype and on the device of ``like``."""
+        new = like.new_zeros
+        square = torch.eye(d_o).to(like).expand(B, d_o, d_o).clone() if memory is None else new(0)
+        averages = [new(B, d_o, 1) for _ in range(2)]
+        pairs = [new(memory or 0, B, d_o, 1) for _ in range(2)]
+        return cls(layer, new(B, d_i, d_i), new(B, d_i, d_i), square, *averages, *pairs)
+
+    def renew(self, A: Tensor, a: Tensor, rho: float, epsilon: float, inverted: Callable[..., list[Tensor]]) -> int:
+        """Average A, and update H_A by the pair of a mean input; how many blocks could not use it. The first H_A is (A + εI)⁻¹."""
+        self.steps += 1
+        if self.steps == 1:
+            damping = torch.full((len(A),), epsilon, dtype=torch.float64, device=A.device)
+            self.A, self.H_a = A, inverted([(A, damping)])[0]
+            return 0
+        self.A = rho * self.A + (1 - rho) * A
+        s = self.H_a @ a
+        self.H_a, used = bfgs(self.H_a, s, self.A @ s + epsilon * s)
+        return int((~used).sum())
 
     def apply(self, x: Tensor) -> Tensor:
         """H_G x, by the matrix or by the pairs."""
@@ -61,6 +83,11 @@ class Sums:
         n, t = a.shape[2:]
         flat = a.flatten(2)
         return cls(flat @ flat.mT, flat.sum(2)[..., None], g.sum((2, 3))[..., None] / t, n * t, n)
+
+    def means(self, weight: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean input ā (B, d_i, 1), mean pre-activation W ā + b and ``scale`` times the sum of scores, both (B, d_o, 1)."""
+        a = self.a / self.count
+        return a, weight @ a, scale * self.g
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from fisherlens.likelihoods import Likelihood
 from fisherlens.linalg.dense import eigenpairs
-from fisherlens.optim.base import choice
-from fisherlens.optim.factors import whole
+from fisherlens.optim.checks import choice, whole
+from fisherlens.optim.groups import Groups
 from fisherlens.optim.mean_gradient import MeanGradient
 from fisherlens.optim.modes import AxisAverages, Cut, along, contraction, cuts
 
@@ -54,8 +54,8 @@ class Shampoo(MeanGradient):
         Steps from one update of L, and of its roots, to the next. A changed damping takes effect with the next roots.
     kl_clip
         κ: the direction of Linear and convolution layers is multiplied by ν = min(1, √(κ / (lr² ⟨u, ḡ⟩))). None clips nothing.
-    preset
-        None, or ``"paper"``, which sets ``inverse_refresh=1``.
+    param_groups, preset
+        Options of single parameters, see :mod:`fisherlens.optim`. None, or ``"paper"``, which sets ``inverse_refresh=1``.
 
     Attributes
     ----------
@@ -89,6 +89,7 @@ class Shampoo(MeanGradient):
     """
 
     scalar_kinds = ("norm", "embedding", "other", "dense", "conv")  # every tensor has its rule
+    nullable = ("kl_clip", "ema")
 
     def __init__(
         self,
@@ -109,17 +110,12 @@ class Shampoo(MeanGradient):
         inverse_refresh: int = 20,
         kl_clip: float | None = None,
         seed: int = 0,
+        param_groups: Groups = None,
         preset: str | None = None,
     ):
-        if preset is not None:
-            choice("preset", preset, ("paper",))
-            inverse_refresh = 1
         self.graft, self.block, self.nesterov = choice("graft", graft, GRAFTS), whole("block", block), nesterov
-        self.inverse_refresh = inverse_refresh
-        options = {"lr": lr, "damping": damping, "ema": ema, "momentum": momentum}
-        options |= {"weight_decay": weight_decay, "kl_clip": kl_clip}
-        shared = {"likelihood": likelihood, "labels": labels, "reduction": reduction, "refresh": refresh, "seed": seed}
-        super().__init__(model, options, **shared)
+        inverse_refresh = inverse_refresh if preset is None else 1
+        super().__init__(model, locals())
 
     def _made(self) -> dict[str, Any]:
         made = {}
@@ -137,7 +133,6 @@ class Shampoo(MeanGradient):
         return [self._records[f"{name} {k} {axis}"] for axis in range(order)]
 
     def _precondition(self, gradient: Tensor, active: set[str], scale: float, out: Tensor) -> None:
-        options = self.param_groups[0]
         if self._records is None:
             self._records = self._made()
         out.copy_(gradient)  # vectors are done
@@ -159,7 +154,7 @@ class Shampoo(MeanGradient):
             self._require_finite_parts((info.layer, L) for (info, _), L in fresh.items())  # before anything is changed
             for (info, k), contractions in fresh.items():
                 for record, L in zip(self._axes(info.name, k, len(contractions)), contractions, strict=True):
-                    _add(record, L, options["ema"])
+                    _add(record, L, self._options(info.layer)["ema"])
         for (info, k), (cut, x) in blocks.items():
             for axis, record in enumerate(self._axes(info.name, k, len(info.shape))):
                 if record.weight and (self._inverse_due or not record.inversions):
@@ -175,7 +170,7 @@ class Shampoo(MeanGradient):
                     out[at] *= torch.linalg.vector_norm(gradient[at]) / length
 
     def _root(self, record: AxisAverages, exponent: float) -> Tensor:
-        options = self.param_groups[0]
+        options = self._options(record.layer)
         L = record.L if options["ema"] is None else record.L / record.weight
         values, vectors = eigenpairs(L, f"A contraction of layer {record.layer!r}")
         values = (values.clamp(min=0) + options["damping"]) ** exponent

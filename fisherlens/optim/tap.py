@@ -192,9 +192,9 @@ class ScoreTap:
         """Backpropagate the scores of sampled labels while the graph is there."""
         if not isinstance(outputs, Tensor):
             raise InputError(texts.NO_TENSOR.format(got=type(outputs).__name__))
-        bound = self._likelihood.bind(outputs, None, "this forward pass")
+        bound = self._likelihood.bind(at_least_single(outputs), None, "this forward pass")
         uniforms = torch.rand(len(outputs), bound.num_uniforms, generator=self._generator, dtype=torch.float64)
-        signal, weight = bound.sampled_score(uniforms), bound.weight.sum().item()
+        signal, weight = bound.sampled_score(uniforms).to(outputs.dtype), bound.weight.sum().item()
         self._sampling = True
         try:
             places = [edge for _, edge in edges]
@@ -225,7 +225,7 @@ class ScoreTap:
             if call.layer.weight is not None and call.use.modified:
                 raise InputError(texts.WRITTEN_OVER.format(layer=name))
             if self._likelihood is None:
-                call.score = score if call.score is None else call.score + score
+                call.score = score if call.score is None else at_least_single(call.score) + score
             elif call.sampled is not None:
                 call.score = call.sampled.expand(score.shape)
 
@@ -259,3 +259,8 @@ def remove_handles(handles: list[RemovableHandle]) -> None:
 def found_maps(maps: Mapping[str, tuple[int, int, int] | None]) -> dict[str, tuple[int, int, int]]:
     """Keep the layers that are fed by a flattened map."""
     return {name: shape for name, shape in maps.items() if shape is not None}
+
+
+def at_least_single(x: Tensor) -> Tensor:
+    """The same in float32 where autocast made it shorter."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

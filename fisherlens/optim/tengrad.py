@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fisherlens.layout import LayerInfo
 from fisherlens.likelihoods import Likelihood
-from fisherlens.optim.base import choice, number
+from fisherlens.optim.checks import choice, number
+from fisherlens.optim.groups import Groups
 from fisherlens.optim.kernels import KernelSolve, RowMethod
 from fisherlens.optim.rows import PATHS, TruncatedScores
+from fisherlens.optim.rule import add_scaled
 from fisherlens.scores.base import LayerScores
 from fisherlens.scores.explicit import ExplicitScores
 
@@ -66,8 +67,8 @@ class TENGraD(RowMethod):
         ḡ between refresh steps; a convolution's bias always takes ḡ.
     reduction, refresh
         How the loss combines examples, ``"mean"`` or ``"sum"``; steps from one batch of rows to the next.
-    preset
-        ``"paper"``: ``path="paper", bias="paper"``. None: ours, as given.
+    param_groups, preset
+        Options of single parameters, see :mod:`fisherlens.optim`. ``"paper"``: ``path="paper", bias="paper"``. None: ours, as given.
 
     Attributes
     ----------
@@ -105,6 +106,7 @@ class TENGraD(RowMethod):
     """
 
     rest_rule = "gradient"
+    clips_all = True
 
     def __init__(
         self,
@@ -124,24 +126,19 @@ class TENGraD(RowMethod):
         reduction: str = "mean",
         refresh: int = 100,
         seed: int = 0,
+        param_groups: Groups = None,
         preset: str | None = None,
     ):
-        if preset is not None:
-            choice("preset", preset, ("paper",))
-            path, bias = "paper", "paper"
-        self.rule, self.path, self.bias = (
-            choice("rule", rule, RULES),
-            choice("path", path, PATHS),
-            choice("bias", bias, ("block", "paper")),
-        )
-        self.low_rank = (
-            None if low_rank is None else number("low_rank", low_rank, 0.0, math.nextafter(1.0, 2.0), strict=True)
-        )
-        kl_clip = kl_clip if rule == "v1" else None
-        momentum = 0.0 if rule == "july-2021" else momentum
-        options = {"lr": lr, "damping": damping, "momentum": momentum, "weight_decay": weight_decay, "kl_clip": kl_clip}
-        shared = {"likelihood": likelihood, "labels": labels, "reduction": reduction, "refresh": refresh, "seed": seed}
-        super().__init__(model, options, **shared)
+        self.rule = choice("rule", rule, RULES)
+        self.path = choice("path", path if preset is None else "paper", PATHS)
+        self.bias = choice("bias", bias if preset is None else "paper", ("block", "paper"))
+        most = math.nextafter(1.0, 2.0)
+        self.low_rank = None if low_rank is None else number("low_rank", low_rank, 0.0, most, strict=True)
+        self.decoupled = rule != "later"
+        super().__init__(model, locals())
+        ignored = ({} if rule == "v1" else {"kl_clip": None}) | ({"momentum": 0.0} if rule == "july-2021" else {})
+        for group in self.param_groups:
+            group |= ignored
 
     def _pieces(self) -> Sequence[LayerInfo]:
         if self.bias == "block":
@@ -154,21 +151,20 @@ class TENGraD(RowMethod):
                 pieces.append(replace(layer, parameters=(layer.bias,), weight=None))
         return pieces
 
-    def _rest(self, gradient: Tensor, damping: float) -> Tensor:
+    def _rest(self, gradient: Tensor) -> Tensor:
         return gradient.clone()
 
     def _precondition(self, gradient: Tensor, active: set[str], scale: float, out: Tensor) -> None:
         if self._tap.listening:
-            damping = self.param_groups[0]["damping"]
             due = [piece for piece in self._pieces() if piece.name in active]
-            self._kept = self._kept | {_key(x): self._kernel_solve([self._scores(x)], scale, damping) for x in due}
+            self._kept = self._kept | {_key(x): self._kernel_solve([self._scores(x)], scale) for x in due}
         for block in self._kept.values():
             (piece,) = block.layers
             if piece.name in active and (piece.weight is not None or self.bias == "block" or self._tap.listening):
                 block.write(block.solve(block.of(gradient)), out, active)
         if self.rule == "later":
             moving = [p if p.grad is not None else torch.zeros_like(p) for p in self._parameters]
-            out.add_(torch.cat([p.reshape(-1) for p in moving]), alpha=self.param_groups[0]["weight_decay"])
+            add_scaled(out, torch.cat([p.reshape(-1) for p in moving]), self._values("weight_decay"))
 
     def _factorised(
         self, scores: Sequence[LayerScores], scale: float, gram: Tensor | None, damping: float
@@ -181,16 +177,6 @@ class TENGraD(RowMethod):
                 for x in scores
             ]
         return super()._factorised(scores, scale, gram, damping)
-
-    def _clip(self, direction: Tensor, gradient: Tensor, lr: float, kl_clip: float) -> None:
-        """Multiply everything by ν, other parameters included."""
-        product = lr**2 * (direction.double() @ gradient.double()).item()
-        if product > kl_clip:
-            direction *= math.sqrt(kl_clip / product)
-
-    def _move(self, direction: Tensor, active: set[str], options: Mapping[str, Any]) -> None:
-        coupled = {"weight_decay": 0.0} if self.rule == "later" else {}
-        super()._move(direction, active, {**options, **coupled})
 
 
 def _key(piece: LayerInfo) -> str:

@@ -48,13 +48,47 @@ OTHER_MODEL = (
     "This state of {name} belongs to another model or setting: {what}. Build the optimizer with the same model, trainable "
     "parameters and options as when it was saved."
 )
-SCALER = (
-    "{name} was stepped by a GradScaler, whose scaled loss would enter the statistics squared. Use bfloat16 autocast, which "
-    "needs no scaler, or disable the scaler."
+HIDDEN_SCALE = (
+    "{name} was stepped by a scaler that has unscaled the gradients before and does not tell its scale, which the captured scores still "
+    "carry. Step by scaler.step(opt) of a torch.amp.GradScaler, or leave scaler.unscale_(opt) out."
 )
-ONE_GROUP = (
-    "{name} has one parameter group, all trainable parameters of its model; another one cannot be added. Set "
-    "requires_grad before building it."
+SCALED_CLOSURE = (
+    "{name} got a closure from a GradScaler, whose scale the gradients of that closure would carry, unchecked. Call backward on "
+    "scaler.scale(loss) first, then scaler.step(opt) without a closure; a method that needs one cannot be used with a scaler."
+)
+NO_MORE_GROUPS = (
+    "{name} takes its parameter groups when it is built, as statistics are laid out then: {name}(model, param_groups=[{{'params': "
+    "['0.*'], 'lr': 0.1}}]); what is in none of them is the last group. Options of a group may change at any time, as in "
+    "opt.param_groups[0]['lr'] = 0.01; for parameters that are to be trained from now on, build a new optimizer."
+)
+BAD_GROUPS = (
+    "param_groups must be a list of dicts such as {{'params': ['0.*', 'head'], 'lr': 0.1}}, with the names, layers or glob patterns of "
+    "parameters, or the parameters themselves; got {got}."
+)
+BAD_PARAMS = (
+    "'params' of parameter group {number} must be names, layers or glob patterns, or parameters of the model; got {got}. For example "
+    "['features.*', 'head.weight'], or model.head.parameters()."
+)
+NOT_OWN = (
+    "Parameter group {number} holds a tensor of shape {shape} that is no parameter of the model that {name} was given, as after a copy of "
+    "the model. Take it from that model, or name it: 'params': ['head.weight']."
+)
+EMPTY_GROUP = (
+    "Parameter group {number} holds no trainable parameter; its 'params' are {got}. An iterator such as model.parameters() can be used "
+    "once only, and what does not require grad is in no group. Leave the group out, or set requires_grad before."
+)
+TWO_GROUPS = (
+    "Parameter {parameter!r} is in parameter groups {first} and {second}, but can have one set of options. Take it out of one of them, as "
+    "by a narrower pattern."
+)
+IN_GROUP = "In parameter group {number}: {error}"
+SPLIT_LAYER = (
+    "Layer {layer!r} is divided between parameter groups {groups} with different {option} {values}, but {name} treats a layer as a whole. "
+    "Give these groups the same {option}, or put the layer into one of them; lr and weight_decay may differ within a layer."
+)
+COUPLED_LAYERS = (
+    "Blocks of {name} reach over several layers here, so that {option} must be the same in all parameter groups; got {values}. Groups "
+    "may differ in lr, weight_decay, momentum and kl_clip; a method with blocks within layers, such as TENGraD, allows the rest."
 )
 NO_COPY = (
     "{name} cannot be copied or pickled, because its statistics come from hooks on its own model. Save opt.state_dict(), and "

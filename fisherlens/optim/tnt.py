@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fisherlens.layout import ParameterInfo
 from fisherlens.likelihoods import Likelihood
-from fisherlens.optim.base import choice
+from fisherlens.optim.groups import Groups
 from fisherlens.optim.mean_gradient import WarmStarted
 from fisherlens.optim.modes import AxisAverages, along, contraction
 
@@ -49,8 +49,8 @@ class TNT(WarmStarted):
         Steps from one update of H, and of the inverses, to the next. A changed damping takes effect with the next inverses.
     kl_clip
         κ: the direction of Linear and convolution layers is multiplied by ν = min(1, √(κ / (lr² ⟨u, ḡ⟩))). None clips nothing.
-    preset
-        None or ``"paper"``, which agree.
+    param_groups, preset
+        Options of single parameters, see :mod:`fisherlens.optim`. None or ``"paper"``, which agree.
 
     Attributes
     ----------
@@ -102,15 +102,10 @@ class TNT(WarmStarted):
         inverse_refresh: int = 100,
         kl_clip: float | None = None,
         seed: int = 0,
+        param_groups: Groups = None,
         preset: str | None = None,
     ):
-        if preset is not None:
-            choice("preset", preset, ("paper",))
-        self.inverse_refresh = inverse_refresh
-        options = {"lr": lr, "damping": damping, "ema": ema, "momentum": momentum}
-        options |= {"weight_decay": weight_decay, "kl_clip": kl_clip}
-        shared = {"likelihood": likelihood, "labels": labels, "reduction": reduction, "refresh": refresh, "seed": seed}
-        super().__init__(model, options, **shared)
+        super().__init__(model, locals())
 
     def _made(self) -> dict[str, Any]:
         made = {}
@@ -134,13 +129,13 @@ class TNT(WarmStarted):
     def _precondition(self, gradient: Tensor, active: set[str], scale: float, out: Tensor) -> None:
         if self._records is None:
             self._records = self._made()
-        rho = self.param_groups[0]["ema"]
         tensors = [info for info in self._tensors() if info.layer in active]
         if self._due:
             flat, known = self._statistic(gradient, active, scale)
             fresh = [(info, self._contractions(info, flat)) for info in tensors if info.layer in known]
             self._require_finite_parts((info.layer, H) for info, H in fresh)  # before anything is changed
             for info, contractions in fresh:
+                rho = self._options(info.layer)["ema"]
                 for record, H in zip(self._axes(info), contractions, strict=True):
                     record.L.lerp_(H, 1 - rho)
                     record.weight = rho * record.weight + (1 - rho)
@@ -154,9 +149,9 @@ class TNT(WarmStarted):
 
     def _invert(self, tensors: list[ParameterInfo], records: Mapping[str, Any]) -> None:
         """Compute (U_i + λ^(1/k) I)⁻¹ for every axis of these tensors."""
-        damping, jobs, due = self.param_groups[0]["damping"], [], []
+        jobs, due = [], []
         for info in tensors:
-            axes, shape = self._axes(info, records), shape_of(info)
+            axes, shape, damping = self._axes(info, records), shape_of(info), self._options(info.layer)["damping"]
             n, k = math.prod(shape), len(shape)
             trace = axes[0].L.diagonal(dim1=-2, dim2=-1).double().sum().item() / axes[0].weight
             c = (trace / n) ** (1 / k)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fisherlens.layout import LayerInfo
 from fisherlens.likelihoods import Likelihood
-from fisherlens.optim.base import choice, number
+from fisherlens.optim.groups import Groups
 from fisherlens.optim.kernels import RowMethod
 from fisherlens.optim.rows import batch_scores, owned, packed, unpacked
 from fisherlens.optim.units import (
@@ -56,8 +56,8 @@ class UnitWise(RowMethod):
         κ: ν = min(1, √(κ / (lr² ⟨d, ḡ⟩))) over the covered layers. None clips nothing.
     reduction, refresh
         How the loss combines examples, ``"mean"`` or ``"sum"``; steps from one update of the statistics to the next.
-    preset
-        None or ``"paper"``, which agree: there is no one source.
+    param_groups, preset
+        Options of single parameters, see :mod:`fisherlens.optim`. None or ``"paper"``, which agree: there is no one source.
 
     Attributes
     ----------
@@ -105,46 +105,38 @@ class UnitWise(RowMethod):
         reduction: str = "mean",
         refresh: int = 1,
         seed: int = 0,
+        param_groups: Groups = None,
         preset: str | None = None,
     ):
-        if preset is not None:
-            choice("preset", preset, ("paper",))
         self._averages: dict[str, dict[str, Any]] = {}  # layer -> F (d_o, s, s) and its weight 1 - rho^t
         self._rows: dict[str, tuple[LayerScores, float]] = {}  # layer -> scores and scale, where kernels are smaller
-        options = {"lr": lr, "damping": damping, "ema": ema, "momentum": momentum}
-        options |= {"weight_decay": weight_decay, "kl_clip": kl_clip}
-        shared = {"likelihood": likelihood, "labels": labels, "reduction": reduction, "refresh": refresh, "seed": seed}
-        super().__init__(model, options, **shared)
+        super().__init__(model, locals())
 
     def _has_statistics(self) -> bool:
         return bool(self._rows or self._averages)
 
-    def _check_options(self, options: Mapping[str, Any]) -> None:
-        super()._check_options(options)
-        number("ema", options["ema"], 0.0, 1.0)
-
     def _precondition(self, gradient: Tensor, active: set[str], scale: float, out: Tensor) -> None:
-        options = self.param_groups[0]
         layers = [layer for layer in self.covered if layer.name in active]
         if self._tap.listening:
-            fresh = {layer.name: self._statistics(layer, scale, options["ema"]) for layer in layers}
+            fresh = {layer.name: self._statistics(layer, scale) for layer in layers}
             for name, found in fresh.items():  # nothing can be refused any more
-                self._take_in(name, found, scale, options["ema"])
+                self._take_in(name, found, scale)
         for layer in layers:
-            g = by_unit(layer, gradient)
+            g, damping = by_unit(layer, gradient), self._options(layer.name)["damping"]
             if layer.name in self._rows:
-                write_units(layer, self._by_kernels(*self._rows[layer.name], g, options["damping"]), out)
+                write_units(layer, self._by_kernels(*self._rows[layer.name], g, damping), out)
             elif layer.name in self._averages:
                 own = self._averages[layer.name]
-                write_units(layer, self._solve(own["F"] / own["weight"], options["damping"], g), out)
+                write_units(layer, self._solve(own["F"] / own["weight"], damping, g), out)
 
-    def _statistics(self, layer: LayerInfo, scale: float, ema: float) -> LayerScores | Tensor:
+    def _statistics(self, layer: LayerInfo, scale: float) -> LayerScores | Tensor:
         """Scores, where kernels are smaller than blocks; else (1/M) Σ_n of the outer products, ``(d_o, s, s)``."""
         like, units, size = self._parameters[0], unit_count(layer), unit_size(layer)
-        if ema == 0 and self._examples < size:
+        if self._options(layer.name)["ema"] == 0 and self._examples < size:
             scores = batch_scores(layer, self._passes, like, "B")
             if type(scores) in (DenseScores, ExplicitScores):
-                bound = scores.largest() ** 2 * scores.n * size * max(scale, 1.0)
+                largest = scores.largest()
+                bound = largest * largest * scores.n * size * max(scale, 1.0)
                 if not bound < torch.finfo(like.dtype).max:  # also where it is NaN
                     self._require_finite_kernel(scores.trace().to(like.dtype).view(1, 1), scale, layer.name)
                 return scores if self.refresh == 1 else owned(scores)
@@ -156,13 +148,14 @@ class UnitWise(RowMethod):
         self._require_finite_kernel(F.diagonal(dim1=1, dim2=2), 1.0, layer.name)
         return F
 
-    def _take_in(self, name: str, found: LayerScores | Tensor, scale: float, ema: float) -> None:
+    def _take_in(self, name: str, found: LayerScores | Tensor, scale: float) -> None:
         if isinstance(found, LayerScores):
             self._rows[name] = found, scale
             self._averages.pop(name, None)
             return
         self._rows.pop(name, None)
         own = self._averages.setdefault(name, {"F": torch.zeros_like(found), "weight": 0.0})
+        ema = self._options(name)["ema"]
         own["F"].lerp_(found, 1 - ema)  # F <- rho F + (1 - rho) X^T X / M
         own["weight"] = ema * own["weight"] + 1 - ema  # 1 - rho^t
 
