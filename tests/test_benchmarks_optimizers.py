@@ -102,3 +102,17 @@ def test_peaks_grow_with_what_is_kept(entrants):
 
     found = {name: optimizer_peaks.here("tiny", 512, name, "cpu")["peak"] for name in (entrants.SGD, "NGD")}
     assert 0 < found[entrants.SGD] < found["NGD"] - 512 * 512 * 4, "NGD holds a 512 x 512 kernel in float64"
+
+
+def test_runs_are_the_usual_ones_or_what_was_asked_for(entrants):
+    from argparse import Namespace
+
+    from optimizer_steps import runs_of
+
+    def runs(device="cpu", networks=None, batch=None):
+        return runs_of(Namespace(device=device, networks=networks, batch=batch))
+
+    assert runs() == [("lenet", 128), ("conv6", 128), ("autoencoder", 128), ("lenet", 1024)]
+    assert ("vgg16", 1024) in runs("cuda")
+    assert runs(networks=["conv6", "tiny"]) == [("conv6", 128), ("tiny", 16)]
+    assert runs(batch=[32, 64])[:3] == [("lenet", 32), ("lenet", 64), ("conv6", 32)]

@@ -196,20 +196,21 @@ def measure(network: str, batch: int, options: Any) -> dict[str, Any]:
 def parse() -> Any:
     """The options, ``--smoke`` applied."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="*", choices=list(NETWORKS), help="in place of the usual ones")
     parser.add_argument(
-        "--networks", nargs="*", choices=list(NETWORKS), help="default: with cuda, VGG-16 and ResNet-18 too"
-    )
-    parser.add_argument(
-        "--batch", nargs="*", type=int, default=[128, 1024], help="(128 1024); the autoencoder has 1000"
+        "--batch",
+        nargs="*",
+        type=int,
+        help="batch sizes for all networks; default on a CPU: 128, and 1024 for LeNet; with cuda: both for all",
     )
     parser.add_argument("--methods", nargs="*", choices=list(ENTRANTS), help="some of the methods in place of all")
-    parser.add_argument("--budget", type=float, default=15.0, help="seconds of timing per method, about (default 15)")
+    parser.add_argument("--budget", type=float, default=3.0, help="seconds of timing per method, about (default 3)")
     parser.add_argument("--rounds", type=int, default=15, help="most rounds; slow methods get fewer, at least 3")
-    parser.add_argument("--longest", type=float, default=60.0, help="seconds; a method with a longer step is left out")
+    parser.add_argument("--longest", type=float, default=20.0, help="seconds; a method with a longer step is left out")
     parser.add_argument(
-        "--timeout", type=float, default=600.0, help="seconds for the first steps of a method where peaks are taken"
+        "--timeout", type=float, default=120.0, help="seconds for the first steps of a method where peaks are taken"
     )
-    parser.add_argument("--device", default="cpu", help="with cuda, more networks")
+    parser.add_argument("--device", default="cpu", help="with cuda also VGG-16 and ResNet-18")
     parser.add_argument("--no-peaks", dest="peaks", action="store_false", help="leave peak memory out")
     parser.add_argument("--smoke", action="store_true", help="one tiny network, few rounds: does it run?")
     parser.add_argument("--json", help="write all figures to this file")
@@ -217,10 +218,19 @@ def parse() -> Any:
     parser.add_argument("--figure", help="draw the amortised times to this file")
     options = parser.parse_args()
     options.methods = list(dict.fromkeys([SGD, *(options.methods or ENTRANTS)]))
-    options.networks = options.networks or list(ON_GPU if options.device.startswith("cuda") else ON_CPU)
     if options.smoke:
         options.networks, options.budget, options.rounds = ["tiny"], 0.2, 3
+    options.runs = runs_of(options)
     return options
+
+
+def runs_of(options: Any) -> list[tuple[str, int]]:
+    """Networks and batch sizes: the usual ones, or what was asked for."""
+    usual = ON_GPU if options.device.startswith("cuda") else ON_CPU
+    if options.networks is None and options.batch is None:
+        return list(usual)
+    networks = options.networks or dict.fromkeys(network for network, _ in usual)
+    return [(name, batch) for name in networks for batch in NETWORKS[name].batches or options.batch or (GOAL_BATCH,)]
 
 
 def main() -> None:
@@ -232,11 +242,10 @@ def main() -> None:
     print(where)
     settings = {key: getattr(options, key) for key in ("budget", "rounds", "longest", "device")}
     payload: dict[str, Any] = {"machine": where, "settings": settings, "runs": []}
-    for network in options.networks:
-        for batch in NETWORKS[network].batches or options.batch:
-            payload["runs"].append(measure(network, batch, options))
-            print("\n" + short(payload["runs"][-1]), flush=True)
-            write_json(options.json, payload)  # after each: a run that is stopped leaves what it has
+    for network, batch in options.runs:
+        payload["runs"].append(measure(network, batch, options))
+        print("\n" + short(payload["runs"][-1]), flush=True)
+        write_json(options.json, payload)  # after each: a run that is stopped leaves what it has
     text = markdown(payload)
     if options.markdown:
         Path(options.markdown).write_text(text + "\n", encoding="utf-8")

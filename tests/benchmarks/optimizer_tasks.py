@@ -41,13 +41,16 @@ class Network:
 NETWORKS = {
     "lenet": Network(REFERENCES["lenet"].build, (1, 28, 28)),
     "conv6": Network(REFERENCES["conv6"].build, (3, 32, 32)),
-    "autoencoder": Network(mnist_autoencoder, (1, 28, 28), "dense", "bernoulli", (1000,)),
+    "autoencoder": Network(mnist_autoencoder, (1, 28, 28), "dense", "bernoulli"),
     "vgg16": Network(_vgg16, (3, 32, 32)),
     "resnet18": Network(MORE["resnet18"].build, (3, 32, 32)),
     "tiny": Network(TINY.build, TINY.input_shape, batches=(16,)),
 }
-ON_CPU = ("lenet", "conv6", "autoencoder")
-ON_GPU = (*ON_CPU, "vgg16", "resnet18")
+# Network and batch size of a run without arguments: on a CPU what two cores do within ten minutes, on a GPU all of it.
+ON_CPU = (("lenet", 128), ("conv6", 128), ("autoencoder", 128), ("lenet", 1024))
+ON_GPU = tuple(
+    (name, batch) for name in ("lenet", "conv6", "autoencoder", "vgg16", "resnet18") for batch in (128, 1024)
+)
 
 
 class Task:
