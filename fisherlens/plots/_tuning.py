@@ -93,6 +93,7 @@ def targets(dataset: xr.Dataset, ax: Axes | None = None, *, target: str | None =
     if not finite.all():
         ax.axvline(top * (1 + _ROOM) if top else 0.5, color=common.FAINT, linewidth=0.8, linestyle=(0, (2, 2)))
         ax.set_xlim(0, missing * (1 + 2 * _ROOM))
+        ax.set_xticks([tick for tick in ax.get_xticks() if 0 <= tick <= top])  # no numbers where there is no scale
         ax.text(missing, -0.52, "not reached", fontsize=common.NOTE_SIZE, color=common.INK, ha="center", va="bottom")
     else:
         ax.set_xlim(left=0)

@@ -123,6 +123,7 @@ def picture(found: xr.Dataset) -> bytes | None:
         plots.targets(found, ax, target=goal)
     if searched:
         plots.tuning(found, axes[2 + len(goals)], legend=False)
+        axes[2 + len(goals)].set_title("The search, chosen trials ringed", loc="left", fontsize=10)
     for ax in axes[panels:]:
         ax.remove()
     buffer = io.BytesIO()
@@ -172,7 +173,8 @@ def _targets(found: xr.Dataset) -> str:
         cells += [_how_long(one.steps_to_own_accuracy, one.seconds_to_own_accuracy)] if own else []
         rows.append((name, *cells))
     every = int(found.attrs["step_resolution"])
-    heading = f"Steps (time) to each target, medians over seeds, measured every {every} steps:"
+    often = "every step" if every == 1 else f"every {every} steps"
+    heading = f"Steps (time) to each target, medians over seeds, measured {often}:"
     return "\n".join([heading, "", *_lines(rows)])
 
 
