@@ -190,6 +190,15 @@ def test_the_smaller_of_two_spaces_counts():
     assert first["overlap_first"] == pytest.approx(1)
 
 
+def test_spaces_are_orthonormal_also_where_rounding_mixes_their_vectors():
+    """In float32, vectors lifted from the Gram matrix lose their orthogonality as its eigenvalues spread."""
+    model = seeded(lambda: nn.Linear(4, 1, bias=False))
+    x = torch.tensor([[1.0, 1e-2, 0, 0], [1.0, -1e-2, 1e-2, 0], [1.0, 0, 2e-2, 1e-3]])
+    run = fl.Monitor(model, (x, x[:, :1]), likelihood="gaussian", k=3).result
+    assert run["space_size"] == 3
+    close(run["overlap_first"], [1], 1e-5)
+
+
 def test_quantities_are_those_asked_for():
     model, data = seeded(small), points(dtype=torch.float32)
     run = fl.Monitor(model, data, likelihood="categorical", quantities=["drift", "trace"]).result
@@ -341,6 +350,10 @@ def test_nothing_is_touched_also_where_it_raises(unchanged, monkeypatch, at):
         monitor.step()
     with unchanged(model), torch.no_grad():
         monitor.step()
+    with unchanged(model), torch.inference_mode():
+        monitor.step()
+    assert monitor.result["measured"].all()
+    assert (monitor.result["trace"][-1] == monitor.result["trace"][-3]).all()
 
     def fail(*_, **__):
         torch.rand(3)
@@ -573,7 +586,7 @@ def test_steps_may_be_counted_by_others_and_may_go_back():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"momentum": 0.9}, {"momentum": 0.5, "nesterov": True}, {"momentum": 0.9, "weight_decay": 0.7}]
+    "options", [{}, {"momentum": 0.9}, {"momentum": 0.5, "nesterov": True}, {"momentum": 0.9, "weight_decay": 7.0}]
 )
 def test_the_stability_limit_is_where_descent_on_a_quadratic_turns_into_divergence(options):
     sizes = []

@@ -71,6 +71,7 @@ class Monitor:
         As in :class:`fisherlens.Fisher`; of the kinds ``"exact"``, ``"mc"`` and ``"empirical"``. ``seed`` also chooses the examples.
     num_examples
         How many examples; None for all. The default of 64 keeps the Gram matrix of ten classes below an order of 600, so that all is exact (our choice).
+        A score column per class is a backward pass: with hundreds of classes take ``kind="mc"``, of ``mc_samples`` columns.
     optimizer
         If given, its learning rate is recorded, and for SGD the largest stable curvature (2/lr without momentum).
     max_share
@@ -371,7 +372,6 @@ class Monitor:
         with (
             preserved_randomness(device),
             torch.inference_mode(False),
-            torch.enable_grad(),
             torch.autocast(device.type, enabled=False),
             self._clock.running(device),
         ):
