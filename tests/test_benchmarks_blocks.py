@@ -29,9 +29,12 @@ def test_smoke_run_writes_everything(tmp_path):
     assert found["couplings"]["layers"] == 3
     assert found["table"]["condition_error"] < 1e-2
     assert found["table"]["left_out"] == 0
+    assert list(found["table"]["parts"]) == ["layer", "unit", "cw-ngd", "mbf", "diagonal"]
+    assert all(part["gradients"] > 0 for part in found["table"]["parts"].values())
     for what in ("capture", "couplings", "table"):
         assert found[what]["gradients"] > 0
         assert found[what]["low"] <= found[what]["gradients"] <= found[what]["high"]
     text = section.read_text()
     assert text.startswith("## Blocks and their independence")
     assert "complete table of independence, Grams included" in text
+    assert "'mbf' alone, Grams given" in text

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+
+import numpy as np
 import pytest
 import torch
 from fisher_checks import case
@@ -9,9 +12,11 @@ from torch import nn
 
 import fisherlens as fl
 from fisherlens import reference
+from fisherlens.approximations import shelf as shelf_module
+from fisherlens.approximations.shelf import Shelf, large_moments
 from fisherlens.approximations.structured import InputBlocks, UnitBlocks
 from fisherlens.errors import NonFiniteError
-from fisherlens.linalg.pencil import PRODUCT, lanczos_run, serve
+from fisherlens.linalg.pencil import MASS, PRECONDITION, PRODUCT, Settling, lanczos_run, preconditioned_run, serve
 
 LAMBDA = 0.01
 
@@ -116,7 +121,7 @@ def test_a_condition_number_that_does_not_converge_is_nan(monkeypatch):
     from fisherlens.independence import conditioning
 
     monkeypatch.setattr(conditioning, "DENSE_ORDER", 20)
-    monkeypatch.setattr(conditioning, "MAX_STEPS", 2)
+    monkeypatch.setattr(sys.modules["fisherlens.independence.options"], "MAX_STEPS", 2)
     F = case("mlp_tanh").fisher()
     with pytest.warns(
         fl.ConvergenceWarning, match=r"μ_m(in|ax) of 'unit' on '\w+' did not converge to 0\.01 in 2 Lanczos steps"
@@ -125,3 +130,184 @@ def test_a_condition_number_that_does_not_converge_is_nan(monkeypatch):
     assert {w.filename for w in told} == {__file__}
     assert ds["condition_number"].isnull().any()
     assert ds["kl_divergence"].notnull().all()
+
+
+def test_rough_solves_are_exact_for_multiples_of_one_matrix_and_symmetric_always():
+    one = fl.Fisher(*of_one_example(), likelihood="categorical")
+    blocks = fl.BlockDiagonal(one, "mbf")
+    blocks.prefer_inverses()
+    assert blocks.preconditions
+    v = torch.randn(one.n_params, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert torch.allclose(blocks.precondition(v, LAMBDA), blocks.solve(v, LAMBDA), rtol=1e-9, atol=1e-11)
+    several = fl.BlockDiagonal(wide(True), "mbf")
+    v = torch.randn(several.n_params, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    inner = v.T @ several.precondition(v, LAMBDA)
+    assert torch.allclose(inner, inner.T, rtol=1e-10)
+    assert torch.linalg.eigvalsh(inner)[0] > 0
+    assert not fl.BlockDiagonal(wide(True), "unit").preconditions
+
+
+def of_one_example():
+    model = nn.Sequential(nn.Linear(6, 2), nn.Tanh(), nn.Linear(2, 3)).double()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator))
+    return model, (torch.randn(1, 6, generator=generator, dtype=torch.float64), torch.tensor([1]))
+
+
+def test_one_solve_with_its_determinants_keeps_no_blocks():
+    F = wide(True)
+    blocks, truth = fl.BlockDiagonal(F, "mbf"), reference.block_diagonal(F.dense(), list(fl.partition(F, "mbf").blocks))
+    blocks.prefer_inverses()
+    v = torch.ones(F.n_params, dtype=torch.float64)
+    for damping in (LAMBDA, 3 * LAMBDA):
+        assert blocks.log_determinant(damping) == pytest.approx(reference.log_determinant(truth, damping), rel=1e-10)
+    for damping in (LAMBDA, 3 * LAMBDA):
+        fresh = fl.BlockDiagonal(F, "mbf")
+        fresh.prefer_inverses()
+        assert torch.allclose(fresh.solve(v, damping), reference.solve(truth, v, damping), rtol=1e-9, atol=1e-11)
+        assert fresh.log_determinant(damping) == pytest.approx(reference.log_determinant(truth, damping), rel=1e-10)
+        for _, part in (*blocks._parts, *fresh._parts):
+            assert part._inverse is None
+            assert part._factor is None
+
+
+def rough(A: torch.Tensor, M: torch.Tensor, asked: list):
+    """Answers of a pair whose second matrix is inverted by its diagonal only; ``asked`` takes the vectors multiplied by A."""
+
+    def answer(questions):
+        asked.extend(v.clone() for _, kind, v in questions if kind == PRODUCT)
+        act = {PRODUCT: A.__matmul__, MASS: M.__matmul__, PRECONDITION: lambda r: r / M.diagonal()}
+        return [act[kind](v) for _, kind, v in questions]
+
+    return answer
+
+
+def test_the_largest_of_a_pair_from_rough_solves():
+    A, M, mu, start = pair()
+    asked: list = []
+    ((high,),) = serve([preconditioned_run(start, tol=1e-8, max_steps=300)], rough(A, M, asked))
+    assert high.converged
+    assert high.value == pytest.approx(mu[-1].item(), rel=1e-8)
+    x = torch.from_numpy(high.weights) @ torch.stack(asked[: len(high.weights)])
+    assert (x @ A @ x / (x @ M @ x)).item() == pytest.approx(high.value, rel=1e-10)
+    ((short,),) = serve([preconditioned_run(start, tol=1e-8, max_steps=2)], rough(A, M, []))
+    assert (short.converged, short.steps) == (False, 2)
+    assert short.value < mu[-1]
+    ((same,),) = serve([preconditioned_run(start, tol=1e-6, max_steps=50)], rough(3 * M, M, []))
+    assert (same.converged, same.steps) == (True, 1)
+    assert same.value == pytest.approx(3, rel=1e-12)
+    A[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="holds NaN or infinity"):
+        serve([preconditioned_run(start, tol=1e-6, max_steps=50)], rough(A, M, []))
+
+
+def test_a_run_tells_its_vector():
+    A, M, _, start = pair()
+    asked: list = []
+
+    def answer(questions):
+        asked.extend(v.clone() for _, kind, v in questions if kind == PRODUCT)
+        return answers(A, M)(questions)
+
+    ((high,),) = serve([lanczos_run(start, tol=1e-6, max_steps=300)], answer)
+    x = torch.from_numpy(high.weights) @ torch.stack(asked)
+    assert (x @ A @ x / (x @ M @ x)).item() == pytest.approx(high.value, rel=1e-8)
+
+
+def test_what_increments_leave_to_come():
+    for q in (0.3, 0.7, 0.95):
+        watch = Settling()
+        left = [watch.rest(1 - q**k) for k in range(12)]
+        assert left[:2] == [np.inf, np.inf]
+        assert all(rest >= q**k * (1 - 1e-6) for k, rest in enumerate(left) if k > 1), q
+        assert left[-1] == pytest.approx(max(9 * (1 - q) / q, 1) * q**11, rel=1e-6)
+    watch = Settling()
+    assert [watch.rest(float(k)) for k in range(5)] == [np.inf] * 5  # a value that goes on growing is not believed
+
+
+@pytest.mark.parametrize("spectrum", ["crowded", "even", "gap"])
+def test_a_value_is_accurate_where_its_vector_is_not(spectrum):
+    """The largest of many crowded eigenvalues is known to half a percent long before residuals are that small."""
+    n, tol = 2000, 5e-3
+    values = {
+        "crowded": torch.cat([torch.linspace(0, 1, n - 200), torch.linspace(1, 2, 200)]),
+        "even": torch.linspace(0, 2, n),
+        "gap": torch.cat([torch.linspace(0, 1, n - 1), torch.tensor([2.0])]),
+    }[spectrum].double()
+    for seed in range(3):
+        start = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        ((found,),) = serve(
+            [lanczos_run(start, tol=tol, max_steps=500)],
+            lambda questions: [values * v if kind == PRODUCT else v for _, kind, v in questions],
+        )
+        assert found.converged
+        assert abs(found.value / 2 - 1) < tol, (spectrum, seed, found)
+
+
+def test_blocks_of_several_partitions_are_built_once():
+    F = case("lenet").fisher()
+    shared = 0
+    for layer in F.layout.layers:
+        diagonal = F.diagonal()[layer.start : layer.stop]
+        shelf, held = Shelf(diagonal), []
+        for name in ("layer", "unit", "cw-ngd", "mbf", "diagonal"):
+            partition = fl.partition(F, name)
+            part = fl.BlockDiagonal.part_of(F, partition, layer.name, shelf)
+            alone = fl.BlockDiagonal.part_of(F, partition, layer.name)
+            assert torch.allclose(part.dense(), alone.dense(), rtol=1e-12, atol=1e-15), (layer.name, name)
+            shared += sum(blocks is other for _, blocks in part._parts for other in held)
+            held += [blocks for _, blocks in part._parts]
+    assert shared >= 2  # the kernels of CW-NGD and MBF
+
+
+def test_large_blocks_by_halves(monkeypatch):
+    monkeypatch.setattr(shelf_module, "_LARGE", 2)
+    met = 0
+    for name in ("lenet", "conv_1d", "conv_groups"):
+        F = case(name).fisher()
+        for layer in F.layout.layers:
+            scores, parts = F.scores[layer.name], fl.partition(F, "unit").restrict(layer.name)
+            index = parts.groups[0].index - layer.start
+            found = large_moments(scores, index)
+            if found is not None:
+                met += 1
+                assert torch.allclose(found, scores.moments(index), rtol=1e-12, atol=1e-15)
+            assert large_moments(scores, index.flip(0)) is None or len(index) == 1
+    assert met >= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_whole_layers_and_inputs_above_the_dense_order(monkeypatch, dtype):
+    """Coefficients among Gram matrices for whole layers, rough solves for inputs: the values of the dense matrices."""
+    conditioning, met = sys.modules["fisherlens.independence.conditioning"], []
+    for module in (conditioning, sys.modules["fisherlens.independence.segmentations"]):
+        monkeypatch.setattr(module, "DENSE_ORDER", 20)
+    for name in ("layer_extremes", "preconditioned_run"):
+        own = getattr(conditioning, name)
+        monkeypatch.setattr(
+            conditioning, name, lambda *a, _own=own, _name=name, **k: (met.append(_name), _own(*a, **k))[1]
+        )
+    F, exact = wide(True, dtype), wide(True)
+    tol = 1e-6 if dtype == torch.float64 else 1e-3
+    for damping in (1e-3, 0.3):
+        ds = fl.independence(F, ["layer", "unit", "mbf"], damping=damping, tol=tol)
+        for name in ("layer", "unit", "mbf"):
+            cut = reference.block_diagonal(exact.dense(), list(fl.partition(exact, name).blocks))
+            wanted = reference.condition_number(exact.dense(), cut, damping)
+            assert ds["condition_number"].sel(partition=name, layer="all").item() == pytest.approx(wanted, rel=tol), (
+                name
+            )
+    assert met.count("layer_extremes") == 2
+    assert met.count("preconditioned_run") == 6  # two layers and the whole, at two dampings
+
+
+def test_zero_scores_by_layers_lose_nothing(monkeypatch):
+    for module in ("conditioning", "segmentations"):
+        monkeypatch.setattr(sys.modules[f"fisherlens.independence.{module}"], "DENSE_ORDER", 20)
+    model = nn.Sequential(nn.Linear(12, 7), nn.Tanh(), nn.Linear(7, 1)).double()  # one class: nothing to learn
+    F = fl.Fisher(
+        model, (torch.ones(5, 12, dtype=torch.float64), torch.zeros(5, dtype=torch.long)), likelihood="categorical"
+    )
+    assert np.allclose(fl.independence(F, ["layer", "mbf"])["condition_number"], 1, rtol=1e-12)

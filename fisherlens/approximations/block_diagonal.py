@@ -13,12 +13,31 @@ from torch import Tensor
 from fisherlens.approximations.base import Approximation
 from fisherlens.approximations.blocks import Blocks, MomentBlocks, RowBlocks, ScoreBlock
 from fisherlens.approximations.pieces import structure_of
+from fisherlens.approximations.shelf import Shelf, large_moments
 from fisherlens.approximations.structured import InputBlocks, UnitBlocks
 from fisherlens.errors import InputError, MemoryBudgetError, readable_bytes
 from fisherlens.fisher import Fisher, check_damping, require_fisher
 from fisherlens.partitions import BlockGroup, Partition
 from fisherlens.partitions import partition as make_partition
 from fisherlens.scores.base import PART
+
+# What a batch of blocks does with its entries of vectors, the answer written to the third.
+Action = Callable[[Blocks, Tensor, Tensor], None]
+
+
+def product_of(blocks: Blocks, v: Tensor, out: Tensor) -> None:
+    """M_b V."""
+    blocks.product(v, out)
+
+
+def solve_of(damping: float) -> Action:
+    """(M_b + λI)⁻¹ V."""
+    return lambda blocks, v, out: blocks.solve(v, damping, out)
+
+
+def precondition_of(damping: float) -> Action:
+    """Roughly (M_b + λI)⁻¹ V, exact where blocks know nothing cheaper."""
+    return lambda blocks, v, out: getattr(blocks, "precondition", blocks.solve)(v, damping, out)
 
 
 class BlockDiagonal(Approximation):
@@ -74,6 +93,8 @@ class BlockDiagonal(Approximation):
             )
         self._take(F, parts, parts.groups)
 
+    _shelf: Shelf | None = None  # blocks that other partitions of the same layer have built
+
     def _take(self, F: Fisher, partition: Partition, groups: Sequence[BlockGroup]) -> None:
         super().__init__(F, partition.scheme, partition)
         self._groups = groups
@@ -92,7 +113,11 @@ class BlockDiagonal(Approximation):
 
     def _build(self, F: Fisher, group: BlockGroup) -> tuple[slice, Blocks]:
         """The blocks of a group, and the piece of the flat vector that they count from."""
-        return _build(F, group)
+        if self._shelf is None:
+            return _build(F, group)
+        at, index, _ = _relative(F, group)
+        found = self._shelf.find(index)
+        return (at, self._shelf.keep(_build(F, group)[1])) if found is None else (at, found)
 
     @property
     def storage_bytes(self) -> int:
@@ -116,34 +141,54 @@ class BlockDiagonal(Approximation):
             if isinstance(blocks, MomentBlocks):
                 blocks.prefer_inverses()
 
+    @property
+    def preconditions(self) -> bool:
+        """Whether :meth:`precondition` is much cheaper than a solve, after :meth:`prefer_inverses`."""
+        return any(isinstance(blocks, InputBlocks) and blocks.inverts for _, blocks in self._parts)
+
+    def precondition(self, v: Tensor, damping: float) -> Tensor:
+        """Roughly (F_b + λ)⁻¹ V, symmetric and positive definite: exact for all blocks but those of a dense layer's inputs."""
+        return self._apply(v, precondition_of(damping))
+
     def on_layer(self, layer: str) -> BlockDiagonal:
         """The blocks of one layer, as a stand-in for ``F.restrict(layer)``; a block that crosses layers is cut."""
         return self.part_of(self._fisher, self.partition, layer)
 
     @classmethod
-    def part_of(cls, F: Fisher, partition: Partition, layer: str) -> BlockDiagonal:
-        """Only the blocks of one layer, without those of the others."""
-        part, info, own = object.__new__(cls), F.layout.layer(layer), partition.restrict(layer)
+    def part_of(cls, F: Fisher, partition: Partition, layer: str, shelf: Shelf | None = None) -> BlockDiagonal:
+        """Only the blocks of one layer, without those of the others; what a shelf of this layer holds is not built again."""
+        part, info = object.__new__(cls), F.layout.layer(layer)
+        flat = partition.flat
+        inside = len(flat) == info.size and int(flat.min()) >= info.start and int(flat.max()) < info.stop
+        own = partition if inside else partition.restrict(layer)
         restricted = F.restrict(layer)
         # the partition keeps the flat indices of the whole network, in which the layer does not begin at 0
         groups = [
             replace(group, layer=restricted.layout.layer_names[0], index=group.index - info.start)
             for group in own.groups
         ]
+        part._shelf = shelf
         part._take(restricted, own, groups)
+        part._shelf = None
         return part
 
-    def _apply(self, v: Tensor, act: Callable[[Blocks, Tensor, Tensor], None]) -> Tensor:
-        out = torch.zeros(v.shape, dtype=v.dtype, device=v.device)
+    def apply(self, v: Tensor, out: Tensor, act: Action) -> None:
+        """Let every batch of blocks act on its own entries of vectors ``(P, K)`` and write them to the answer."""
         for at, blocks in self._parts:
             act(blocks, v[at], out[at])
+
+    def _apply(self, v: Tensor, act: Action) -> Tensor:
+        out = torch.empty(
+            v.shape[::-1], dtype=v.dtype, device=v.device
+        ).T  # each vector contiguous; blocks cover all entries
+        self.apply(v, out, act)
         return out
 
     def _product(self, v: Tensor) -> Tensor:
-        return self._apply(v, lambda blocks, part, out: blocks.product(part, out))
+        return self._apply(v, product_of)
 
     def _solve(self, v: Tensor, damping: float) -> Tensor:
-        return self._apply(v, lambda blocks, part, out: blocks.solve(part, damping, out))
+        return self._apply(v, solve_of(damping))
 
     def _log_determinant(self, damping: float) -> float:
         return sum(blocks.log_determinant(damping) for _, blocks in self._parts)
@@ -245,7 +290,9 @@ def _build(F: Fisher, group: BlockGroup) -> tuple[slice, Blocks]:
         return at, MomentBlocks(index, torch.bmm(rows.mT, rows) / F.total_weight)
     if _structure(F, group) == "inputs":
         return at, InputBlocks(index, scores, F.total_weight)
-    return at, MomentBlocks(index, scores.moments(index).div_(F.total_weight))
+    matrices = large_moments(scores, index) if scores.n <= PART else None
+    matrices = scores.moments(index) if matrices is None else matrices
+    return at, MomentBlocks(index, matrices.div_(F.total_weight))
 
 
 def _structure(F: Fisher, group: BlockGroup) -> str | None:

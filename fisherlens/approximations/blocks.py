@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherlens.linalg import memory
-from fisherlens.linalg.dense import damped_cholesky, self_gram
+from fisherlens.linalg.dense import cholesky_in_place, damped_cholesky, self_gram
 from fisherlens.scores.matrix import ScoreMatrix
 
 # Blocks are factored in chunks of this size in float64, whose temporaries stay in the caches (our choice).
@@ -51,15 +51,15 @@ def _kept_trace(factor: Tensor, damping: float) -> Tensor:
     )  # rounding of a zero block
 
 
-def _factor_for_inverse(matrices: Tensor, damping: float) -> Tensor:
-    """Cholesky factors of M_b + λI, in the dtype of the blocks where λ is large enough for that, else in float64."""
+def factor_for_inverse(matrices: Tensor, damping: float) -> Tensor:
+    """Cholesky factors of M_b + λI, in the dtype of the blocks where λ is large enough for that, else in float64; lower triangles."""
     damped = matrices.clone()
     diagonal = damped.diagonal(dim1=-2, dim2=-1)
     largest = diagonal.sum(-1).max().item()
     if largest * torch.finfo(matrices.dtype).eps <= _SAFE * damping:
         diagonal += damping
-        factor, info = torch.linalg.cholesky_ex(damped)
-        if not info.any():
+        factor, definite = cholesky_in_place(damped)
+        if definite:
             return factor
     return damped_cholesky(matrices, damping, f"A block of size {matrices.shape[-1]}")
 
@@ -67,6 +67,14 @@ def _factor_for_inverse(matrices: Tensor, damping: float) -> Tensor:
 def _times(matrices: Tensor, x: Tensor) -> Tensor:
     """Symmetric blocks ``(B, s, s)`` times ``(B, s, K)``; a single vector from the left, which is twice as fast as from the right."""
     return torch.bmm(x.mT, matrices).mT if x.shape[2] == 1 else torch.bmm(matrices, x)
+
+
+def _run_of(index: Tensor) -> slice | None:
+    """The piece of a vector that blocks fill, one after another and in order, or None."""
+    start = int(index[0, 0]) if index.numel() else 0
+    flat = index.flatten()
+    neighbours = bool((flat == torch.arange(start, start + len(flat), device=index.device)).all())
+    return slice(start, start + len(flat)) if neighbours else None
 
 
 class MomentBlocks:
@@ -82,6 +90,7 @@ class MomentBlocks:
 
     def __init__(self, index: Tensor, matrices: Tensor):
         self.index, self.matrices = index, matrices
+        self._run = _run_of(index)
         self._factor: tuple[float, Tensor] | None = None
         self._inverse: tuple[float, Tensor, float] | None = None
         self.inverts = False
@@ -113,7 +122,7 @@ class MomentBlocks:
             inverse = memory.zeros((*self.index.shape, self.index.shape[1]), self.dtype, self.index.device)
             total, start = 0.0, 0
             for some in self.chunks():
-                factor = _factor_for_inverse(some, damping)
+                factor = factor_for_inverse(some, damping)
                 total += 2 * factor.diagonal(dim1=-2, dim2=-1).double().log().sum().item()
                 inverse[start : start + len(some)] = torch.cholesky_inverse(factor)
                 start += len(some)
@@ -133,11 +142,19 @@ class MomentBlocks:
     def _step(self) -> int:
         return max(1, _CHUNK_BYTES // (8 * self.index.shape[1] ** 2))
 
-    def product(self, v: Tensor, out: Tensor) -> None:
-        if self.index.shape[1] == 1:
-            out[self.index[:, 0]] = self.matrices[:, 0] * v[self.index[:, 0]]
+    def _take(self, v: Tensor) -> Tensor:
+        """The blocks' own entries of vectors ``(p, K)``, ``(B, s, K)``; a view where the blocks are a run of neighbours."""
+        return v[self.index] if self._run is None else v[self._run].unflatten(0, self.index.shape)
+
+    def _put(self, x: Tensor, out: Tensor) -> None:
+        if self._run is None:
+            out[self.index] = x
         else:
-            out[self.index] = _times(self.matrices, v[self.index])
+            out[self._run].unflatten(0, self.index.shape).copy_(x)
+
+    def product(self, v: Tensor, out: Tensor) -> None:
+        part = self._take(v)
+        self._put(self.matrices * part if self.index.shape[1] == 1 else _times(self.matrices, part), out)
 
     def factor(self, damping: float) -> Tensor:
         """Cholesky factors of M_b + λI in float64, ``(B, s, s)``, the last one kept."""
@@ -148,12 +165,13 @@ class MomentBlocks:
         return self._factor[1]
 
     def solve(self, v: Tensor, damping: float, out: Tensor) -> None:
+        part = self._take(v)
         if self.index.shape[1] == 1:
-            out[self.index[:, 0]] = v[self.index[:, 0]] / (self.matrices[:, 0] + damping)
+            self._put(part / (self.matrices + damping), out)
         elif self.inverts:
-            out[self.index] = _times(self.inverse(damping)[0], v[self.index])
+            self._put(_times(self.inverse(damping)[0], part), out)
         else:
-            out[self.index] = torch.cholesky_solve(v[self.index].double(), self.factor(damping)).to(v.dtype)
+            self._put(torch.cholesky_solve(part.double(), self.factor(damping)).to(v.dtype), out)
 
     def log_determinant(self, damping: float) -> float:
         """Σ_b log det(I + M_b/λ)."""
@@ -163,6 +181,18 @@ class MomentBlocks:
             return self.inverse(damping)[1] - self.index.numel() * math.log(damping)
         logs = self.factor(damping).diagonal(dim1=-2, dim2=-1).log()
         return (2 * logs.sum() - self.index.numel() * torch.tensor(damping, dtype=torch.float64).log()).item()
+
+    def cut(self, index: Tensor) -> Tensor | None:
+        """The matrices of finer blocks ``(b, t)``, each of which lies inside one of these; None where one does not."""
+        size = int(max(self.index.max(), index.max())) + 1
+        owner, place = (torch.full((size,), -1, device=self.index.device) for _ in range(2))
+        blocks, entries = (torch.arange(n, device=self.index.device) for n in self.index.shape)
+        owner[self.index], place[self.index] = blocks[:, None], entries
+        of = owner[index]
+        if (of < 0).any() or (of != of[:, :1]).any():
+            return None
+        rows = place[index]
+        return self.matrices[of[:, :1, None], rows[:, :, None], rows[:, None, :]]
 
     def effective_dimension(self, damping: float) -> Tensor:
         """Tr M_b (M_b + λI)⁻¹ of each block, ``(B,)``."""
@@ -324,24 +354,25 @@ class ScoreBlock:
     def product(self, v: Tensor, out: Tensor) -> None:
         out.copy_(self.scores.rmatmat(self.scores.matmat(v) / self.total_weight))
 
-    def _cholesky(self, damping: float) -> Tensor:
+    def factor(self, damping: float) -> Tensor:
+        """Cholesky factor of the Gram matrix over W, damped, in float64; the last one is kept."""
         if self._factor is None or self._factor[0] != damping:
             gram = self.scores.full_gram().double() / self.total_weight
             self._factor = (damping, damped_cholesky(gram, damping, "The Gram matrix of a layer"))
         return self._factor[1]
 
     def solve(self, v: Tensor, damping: float, out: Tensor) -> None:
-        z = torch.cholesky_solve(self.scores.matmat(v).double(), self._cholesky(damping)) / self.total_weight
+        z = torch.cholesky_solve(self.scores.matmat(v).double(), self.factor(damping)) / self.total_weight
         out.copy_((v - self.scores.rmatmat(z.to(v.dtype))) / damping)
 
     def log_determinant(self, damping: float) -> float:
         """Log det(I + M/λ)."""
-        logs = self._cholesky(damping).diagonal().log()
+        logs = self.factor(damping).diagonal().log()
         return (2 * logs.sum() - self.scores.rows * torch.tensor(damping, dtype=torch.float64).log()).item()
 
     def effective_dimension(self, damping: float) -> Tensor:
         """Tr M_b (M_b + λI)⁻¹ of each block, ``(B,)``."""
-        return _kept_trace(self._cholesky(damping), damping)
+        return _kept_trace(self.factor(damping), damping)
 
     def squared_norm(self) -> float:
         """Squared Frobenius norm of the block."""

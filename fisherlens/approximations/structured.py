@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from fisherlens.approximations.blocks import MomentBlocks, RowBlocks
+from fisherlens.approximations.blocks import MomentBlocks, RowBlocks, factor_for_inverse
 from fisherlens.approximations.pieces import _input_norms as input_norms
 from fisherlens.approximations.pieces import homogeneous_inputs
+from fisherlens.linalg.dense import eigenpairs, solve_factored
 from fisherlens.scores.dense import DenseScores
+
+# Bytes of signals between the two halves of a product with the inputs' blocks, and of blocks that are formed together: large enough for
+# matrix products, small enough to stay in the caches (our choice).
+_SIGNALS = 2**20
+_TOGETHER = 16 * 2**20
+
+
+def matrix_of(scores: DenseScores, v: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """W, ``(d_o, d_i)``, and b, ``(d_o,)``, of a layer's vector ``(p,)``; None for what was not selected. Views, where v is contiguous."""
+    n_weight = scores.n_weight
+    weight = v[:n_weight].view(scores.d_o, scores.d_i) if n_weight else None
+    return weight, v[n_weight:] if len(v) > n_weight else None
 
 
 class UnitBlocks(RowBlocks):
@@ -49,39 +63,57 @@ class UnitBlocks(RowBlocks):
     def storage_entries(self) -> int:
         return self.inputs.numel() + self.lengths.numel() + self.gram.numel()
 
-    def _matrix(self, v: Tensor) -> Tensor:
-        """[W | b] of vectors ``(p, K)``, ``(K, d_o, d_i + 1)``."""
-        n_weight, d_o = self._scores.n_weight, self._scores.d_o
-        pieces = []
-        if n_weight:
-            pieces.append(v[:n_weight].T.reshape(v.shape[1], d_o, -1))
-        if v.shape[0] > n_weight:
-            pieces.append(v[n_weight:].T[:, :, None])
-        return torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
+    def _signals(self, v: Tensor) -> Tensor:
+        """[W | b] times the inputs, ``(d_o, n)``."""
+        weight, bias = matrix_of(self._scores, v)
+        if weight is None:
+            return bias[:, None].expand(-1, self._scores.n)
+        z = weight @ self._scores.a[:, 0].T
+        return z if bias is None else z.add_(bias[:, None])
 
-    def _put(self, x: Tensor, out: Tensor) -> None:
-        n_weight = self._scores.n_weight
-        d_i = self._scores.d_i if n_weight else 0
-        if n_weight:
-            out[:n_weight] = x[:, :, :d_i].reshape(len(x), -1).T
-        if out.shape[0] > n_weight:
-            out[n_weight:] = x[:, :, -1].T
+    def _spread(self, z: Tensor, out: Tensor, v: Tensor | None = None, scale: float = 1.0) -> None:
+        """Write scale · (V + Z [A | 1]) in place of [W | b], without V by default."""
+        weight, bias = matrix_of(self._scores, out)
+        own = (None, None) if v is None else matrix_of(self._scores, v)
+        if weight is not None and own[0] is not None:
+            torch.addmm(own[0], z, self._scores.a[:, 0], beta=scale, alpha=scale, out=weight)
+        elif weight is not None:
+            torch.mm(z, self._scores.a[:, 0], out=weight)
+        if bias is not None:
+            total = z.sum(1)
+            bias.copy_(total if own[1] is None else total.add_(own[1]).mul_(scale))
 
     def product(self, v: Tensor, out: Tensor) -> None:
-        z = (self._matrix(v) @ self.inputs.T) * self.lengths.square()
-        self._put(z @ self.inputs, out)
+        for x, y in _columns(v, out):
+            self._spread(self._signals(x) * self.lengths.square(), y)
 
     def solve(self, v: Tensor, damping: float, out: Tensor) -> None:
-        part = self._matrix(v)
-        z = (part @ self.inputs.T) * self.lengths  # (K, d_o, n)
-        z = torch.cholesky_solve(z.permute(1, 2, 0).double(), self._cholesky(damping)).permute(2, 0, 1).to(v.dtype)
-        self._put((part - (z * self.lengths) @ self.inputs) / damping, out)
+        columns = list(_columns(v, out))
+        z = torch.stack([self._signals(x) * self.lengths for x, _ in columns], dim=2)  # (d_o, n, K)
+        z = solve_factored(self._cholesky(damping), z.double()).to(v.dtype)
+        for k, (x, y) in enumerate(columns):
+            self._spread(-z[:, :, k] * self.lengths, y, x, 1 / damping)
+
+
+def _columns(v: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The vectors of a question with room for the answer, each contiguous."""
+    for k in range(v.shape[1]):
+        x, y = v[:, k].contiguous(), out[:, k]
+        if y.is_contiguous():
+            yield x, y
+        else:
+            room = torch.empty_like(x)
+            yield x, room
+            y.copy_(room)
 
 
 class InputBlocks(MomentBlocks):
     r"""The inputs of a dense layer, whose blocks are formed a few at a time.
 
     .. math:: F_{ii} = \frac{1}{W} \sum_n a_{ni}^2 \sum_r g_{nr} g_{nr}^\top
+
+    A product needs no block, only the scores. Where many solves are wanted, :meth:`precondition` answers them roughly, from the diagonal of
+    every block in the eigenbasis of their mean; a single exact one, with the determinants, forms and factors the blocks a few at a time.
 
     Parameters
     ----------
@@ -99,6 +131,9 @@ class InputBlocks(MomentBlocks):
         self._g = scores.g[:, :, 0]  # (n, r, d_o)
         self._factor: tuple[float, Tensor] | None = None
         self._inverse: tuple[float, Tensor, float] | None = None
+        self._logs: tuple[float, float] | None = None
+        self._last: tuple[Tensor, Tensor] | None = None
+        self._run = None
         self.inverts = False
 
     @property
@@ -124,6 +159,10 @@ class InputBlocks(MomentBlocks):
     def factor_flops(self) -> float:
         return self.storage_entries * self.index.shape[1] / 3
 
+    @property
+    def _step(self) -> int:
+        return max(1, _TOGETHER // (4 * self.index.shape[1] ** 2))
+
     def chunks(self) -> Iterator[Tensor]:
         """The blocks, a few at a time, each chunk one matrix product."""
         outer = torch.bmm(self._g.mT, self._g).flatten(1)
@@ -132,13 +171,74 @@ class InputBlocks(MomentBlocks):
             yield (some @ outer).view(-1, size, size)
 
     def product(self, v: Tensor, out: Tensor) -> None:
-        n, r, inputs = *self._g.shape[:2], self.index.shape[0]
-        flat = self._g.flatten(0, 1)
-        part = v[self.index]  # (inputs, d_o, K)
-        weights = self._squares.T[:, :, None]  # (inputs, n, 1)
-        for k in range(part.shape[2]):
-            z = (part[:, :, k] @ flat.T).view(inputs, n, r) * weights
-            out[self.index, k] = z.flatten(1) @ flat
+        for x, y in _columns(v, out):
+            self._product(x, y)
+
+    def _product(self, v: Tensor, out: Tensor) -> None:
+        """Gᵀ[(G [W | b]) ∘ squares] by columns of [W | b], some at a time."""
+        flat, (n, r) = self._g.flatten(0, 1), self._g.shape[:2]
+        (weight, bias), (to_weight, to_bias) = matrix_of(self._scores, v), matrix_of(self._scores, out)
+        if weight is not None:
+            step = max(64, _SIGNALS // (n * r * flat.itemsize))
+            for start in range(0, weight.shape[1], step):
+                at = slice(start, min(start + step, weight.shape[1]))
+                z = flat @ weight[:, at]
+                z.view(n, r, -1).mul_(self._squares[:, None, at])
+                torch.mm(flat.T, z, out=to_weight[:, at])
+        if bias is not None:
+            z = (flat @ bias).view(n, r) * self._squares[:, -1:]
+            to_bias.copy_(flat.T @ z.flatten())
+
+    @cached_property
+    def _basis(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Eigenvectors Q of the mean block, and the diagonals of Qᵀ F_ii Q: ``(d_o, d_i)`` of the weights, ``(d_o,)`` of the bias."""
+        flat, weights = self._g.flatten(0, 1), self._squares.mean(1)
+        mean = flat.T @ (flat * weights.repeat_interleave(self._g.shape[1])[:, None])
+        q = eigenpairs(mean, "The mean block")[1].to(self.dtype)
+        lengths = (flat @ q).view(self._g.shape).square().sum(1)  # (n, d_o)
+        diagonals = lengths.T @ self._squares
+        if self._scores.layer.bias:
+            return q, diagonals[:, :-1].contiguous(), diagonals[:, -1].contiguous()
+        return q, diagonals, None
+
+    def precondition(self, v: Tensor, damping: float, out: Tensor) -> None:
+        """Roughly (M_b + λI)⁻¹ V: exact where the blocks are multiples of one matrix."""
+        q, of_weight, of_bias = self._basis
+        for x, y in _columns(v, out):
+            (weight, bias), (to_weight, to_bias) = matrix_of(self._scores, x), matrix_of(self._scores, y)
+            if weight is not None:
+                torch.mm(q, (q.T @ weight).div_(of_weight + damping), out=to_weight)
+            if bias is not None:
+                to_bias.copy_(q @ ((q.T @ bias) / (of_bias + damping)))
+
+    def solve(self, v: Tensor, damping: float, out: Tensor) -> None:
+        known = self._logs is not None and self._logs[0] == damping
+        if known and self._last is not None and torch.equal(self._last[0], v):
+            out.copy_(self._last[1])  # a layer's question again, of the whole network
+        elif known or not self.inverts:
+            super().solve(v, damping, out)  # a second solve pays for what is kept
+        else:
+            self._pass(damping, v, out)
+            self._last = (v.clone(), out.clone())
+
+    def _pass(self, damping: float, v: Tensor | None = None, out: Tensor | None = None) -> float:
+        """Σ_b log det(M_b + λI), and a solve on the way, keeping nothing else."""
+        total, start = 0.0, 0
+        for some in self.chunks():
+            factor = factor_for_inverse(some, damping)
+            total += 2 * factor.diagonal(dim1=-2, dim2=-1).double().log().sum().item()
+            if v is not None:
+                at = self.index[start : start + len(some)]
+                out[at] = solve_factored(factor, v[at].to(factor.dtype)).to(v.dtype)
+            start += len(some)
+        self._logs, self._last = (damping, total), None
+        return total
+
+    def log_determinant(self, damping: float) -> float:
+        if not self.inverts or (self._inverse is not None and self._inverse[0] == damping):
+            return super().log_determinant(damping)
+        known = self._logs is not None and self._logs[0] == damping
+        return (self._logs[1] if known else self._pass(damping)) - self.index.numel() * math.log(damping)
 
     def squared_norm(self) -> float:
         """Σ_b of the squared Frobenius norms, from N × N kernels."""

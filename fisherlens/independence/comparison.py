@@ -12,7 +12,7 @@ from fisherlens.fisher import Fisher, require_fisher
 from fisherlens.independence.judge import energy, errors_of
 from fisherlens.independence.options import check_grid, check_options
 from fisherlens.independence.segmentations import FIXED as PARTITION_FIXED
-from fisherlens.independence.standin import StandIn, squared_norm_of_blocks
+from fisherlens.independence.standin import StandIn, on_layers, squared_norm_of_blocks
 from fisherlens.independence.table import Table
 from fisherlens.independence.target import Target
 from fisherlens.linalg.pencil import DENSE_ORDER
@@ -223,7 +223,8 @@ class _Compared:
         exact = within.value == 0
         if exact:
             put(row, place, energy(target, own.sizes, inside()))
-        return StandIn(name, part, own.sizes, exact_blocks=exact)
+        by_layers = exact and isinstance(part, BlockDiagonal) and layer is None and on_layers(F, own)
+        return StandIn(name, part, own.sizes, exact_blocks=exact, by_layers=by_layers)
 
 
 def _for_many_solves(one: Approximation) -> Approximation:

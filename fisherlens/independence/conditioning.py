@@ -1,7 +1,8 @@
 r"""How unevenly a stand-in preconditions: the ends of the spectrum of M = (F̂ + λ)^-½ (F + λ) (F̂ + λ)^-½.
 
 μ_max is the largest eigenvalue of the pair (F + λ, F̂ + λ) and 1/μ_min that of the pair (F̂ + λ, F + λ): each as the largest, where
-Lanczos converges fast. All stand-ins advance together, and a step of all of them is one pass over the scores.
+Lanczos converges fast. All stand-ins advance together, and a step of all of them is one pass over the scores. Where a solve with F̂ + λ
+is dear, μ_max comes from products with it and rough solves.
 """
 
 from __future__ import annotations
@@ -10,14 +11,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fisherlens.independence.options import MAX_STEPS
+from fisherlens.independence.by_layers import has_room, layer_extremes
+from fisherlens.independence.options import run_options
 from fisherlens.independence.standin import StandIn
 from fisherlens.independence.target import Target
 from fisherlens.linalg.pencil import (
     DENSE_ORDER,
+    MASS,
+    PRECONDITION,
     PRODUCT,
     SOLVE,
     Extreme,
@@ -25,14 +30,18 @@ from fisherlens.linalg.pencil import (
     Run,
     dense_extremes,
     lanczos_run,
+    preconditioned_run,
     serve,
 )
 from fisherlens.linalg.probes import Probes
 
 # Vectors of a run and of the answers to it that exist at the same time.
 _VECTORS = 12
-# Products with F̂ that prepare the start of the search for μ_min, which lies where F̂ is large and F small (our choice).
-_PREPARED = 1
+# Products that prepare a start: with F̂ for μ_min, which lies where F̂ is large and F small, so that a few large blocks among very many are
+# not found late; with the Gram matrix of F for μ_max, where F is large (our choice).
+_PREPARED_LOW, _PREPARED_HIGH = 4, 1
+# Share of a random vector in a start that is held to be good; it makes the start complete (our choice).
+_RANDOM = 0.1
 
 
 @dataclass(frozen=True)
@@ -55,35 +64,50 @@ def extreme_ratios(target: Target, stand_ins: Sequence[StandIn], damping: float)
         pairs = [dense_extremes(a, stand_in.product(eye, damping)) for stand_in in stand_ins]
         return [Ratios(*pair) for pair in pairs]
     together = max(1, int(F.memory // (2 * _VECTORS * F.n_params * F.dtype.itemsize)))
-    found: list[Ratios] = []
-    for first in range(0, len(stand_ins), together):
-        group = stand_ins[first : first + together]
-        found += _by_lanczos(target, group, damping)
-    return found
+    found: dict[int, Ratios] = {}
+    rest: list[int] = []
+    for k, stand_in in enumerate(stand_ins):
+        if stand_in.by_layers and has_room(target):
+            found[k] = _told(*layer_extremes(target, damping), target, stand_in)
+        else:
+            rest.append(k)
+    for first in range(0, len(rest), together):
+        some = rest[first : first + together]
+        found |= zip(some, _by_lanczos(target, [stand_ins[k] for k in some], damping), strict=True)
+    return [found[k] for k in range(len(stand_ins))]
 
 
 def _by_lanczos(target: Target, stand_ins: Sequence[StandIn], damping: float) -> list[Ratios]:
-    options = {"tol": target.options.tol / 2, "max_steps": MAX_STEPS}
+    options = run_options(target.options, target.F.n_params)
     forward, backward = _starts(target, stand_ins, damping)
     if target.exact:
-        runs: list[Run] = [lanczos_run(start, **options) for start in (*forward, *backward)]
+        pairs = zip(stand_ins, forward, strict=True)
+        runs: list[Run] = [
+            (preconditioned_run if stand_in.preconditions else lanczos_run)(start, **options)
+            for stand_in, start in pairs
+        ]
+        runs += [lanczos_run(start, **options) for start in backward]
     else:  # no solves with F: both ends from products with it
         runs = [lanczos_run(start, ends=("smallest", "largest"), **options) for start in forward]
-    found = serve(runs, _Answers(target, stand_ins, damping))
+    answers = _Answers(target, stand_ins, damping)
+    found = serve(runs, answers)
     out = []
     for k, stand_in in enumerate(stand_ins):
         if target.exact:
             (high,), (inverse,) = found[k], found[k + len(stand_ins)]
             low = Extreme(1 / inverse.value, inverse.error, inverse.steps, inverse.converged)
+            answers.lead(k, high)
         else:
             low, high = found[k]
-        told = [
-            _trouble(end, what, target, stand_in)
-            for end, what in ((low, "μ_min"), (high, "μ_max"))
-            if not end.converged
-        ]
-        out.append(Ratios(*(end.value if end.converged else math.nan for end in (low, high)), tuple(told)))
+        out.append(_told(low, high, target, stand_in))
     return out
+
+
+def _told(low: Extreme, high: Extreme, target: Target, stand_in: StandIn) -> Ratios:
+    told = [
+        _trouble(end, what, target, stand_in) for end, what in ((low, "μ_min"), (high, "μ_max")) if not end.converged
+    ]
+    return Ratios(*(end.value if end.converged else math.nan for end in (low, high)), tuple(told))
 
 
 def _trouble(end: Extreme, what: str, target: Target, stand_in: StandIn) -> str:
@@ -99,18 +123,40 @@ def _starts(target: Target, stand_ins: Sequence[StandIn], damping: float) -> tup
     probes = Probes(F.n_params, F.dtype, F.device, target.options.seed)
     random = _unit(probes.gaussian(1)[:, 0])
     if F.plan.streamed or F.plan.linearised:
-        spread = F._product(random[:, None])[:, 0]
+        forward = [_unit(F._product(random[:, None])[:, 0]) + _RANDOM * random] * len(stand_ins)
     else:
-        rows = Probes(F.scores.rows, F.dtype, F.device, target.options.seed + 1).gaussian(1)
-        spread = F.scores.rmatmat(rows)[:, 0]
-    forward = _unit(spread) + random
+        forward = [x + _RANDOM * random for x in _spread(target, stand_ins, damping)]
     backward = []
     for stand_in in stand_ins if target.exact else ():
         v = random
-        for _ in range(_PREPARED):
+        for _ in range(_PREPARED_LOW):
             v = _unit(stand_in.product(v[:, None], damping)[:, 0])
-        backward.append(v + random)
-    return [forward] * len(stand_ins), backward
+        backward.append(v + _RANDOM * random)
+    return forward, backward
+
+
+def _spread(target: Target, stand_ins: Sequence[StandIn], damping: float) -> list[Tensor]:
+    """Uᵀy for each stand-in: y is the sum of what the layers before have found, or random where there were none."""
+    F = target.F
+    y = _unit(Probes(F.scores.rows, F.dtype, F.device, target.options.seed + 1).gaussian(1)[:, 0])
+    if target.exact and not F.solver.dense_side:
+        for _ in range(_PREPARED_HIGH):
+            y = _unit(sum(F.scores.layer_gram(layer.name) @ y for layer in F.layout.layers))
+    known = [target.leads.get((stand_in.name, damping), []) for stand_in in stand_ins]
+    # a single layer is no better start than what its own Gram matrix says: leads are those of several
+    different = {k: _together(leads) for k, leads in enumerate(known) if len(leads) > 1 and len(F.layout.layers) > 1}
+    spread = F.scores.rmatmat(torch.stack([y, *different.values()]).T).T
+    own = {k: _unit(x) for k, x in zip(different, spread[1:], strict=True)}
+    common = _unit(spread[0])
+    return [own.get(k, common) for k in range(len(stand_ins))]
+
+
+def _together(leads: Sequence[Tensor]) -> Tensor:
+    """The sum of vectors of length 1, with signs that agree with the longest agreement so far."""
+    total = leads[0].clone()
+    for lead in leads[1:]:
+        total += lead if total @ lead >= 0 else -lead
+    return _unit(total)
 
 
 def _unit(v: Tensor) -> Tensor:
@@ -123,11 +169,12 @@ class _Answers:
 
     def __init__(self, target: Target, stand_ins: Sequence[StandIn], damping: float):
         self.target, self.stand_ins, self.damping = target, stand_ins, damping
+        self._along: list[list[Tensor]] = [[] for _ in stand_ins]
 
     def __call__(self, questions: list[Question]) -> list[Tensor | None]:
         count = len(self.stand_ins)
         # the second half of the runs has the roles of F and the stand-in exchanged
-        to_stand_in = [(kind == SOLVE) == (k < count) for k, kind, _ in questions]
+        to_stand_in = [(kind != PRODUCT) == (k < count) for k, kind, _ in questions]
         if any(to_stand_in):
             return [
                 self._ask(k % count, kind, v) if own else None
@@ -135,18 +182,33 @@ class _Answers:
             ]
         products = [v for _, kind, v in questions if kind == PRODUCT]
         solves = [v for _, kind, v in questions if kind == SOLVE]
-        images, solutions = self.target.products_and_solves(self._block(products), self._block(solves), self.damping)
+        both = torch.stack([*products, *solves]).T  # each vector contiguous
+        images, solutions, along = self.target.products_and_solves(both, len(products), self.damping)
+        if along is not None:
+            asked = (k for k, kind, _ in questions if kind == PRODUCT)
+            for k, z in zip(asked, along.T, strict=True):
+                self._along[k].append(z)
         answers = {PRODUCT: iter(images.T), SOLVE: iter(solutions.T)}
         return [next(answers[kind]) for _, kind, _ in questions]
 
     def _ask(self, which: int, kind: str, v: Tensor) -> Tensor:
         stand_in = self.stand_ins[which]
-        act = stand_in.solve if kind == SOLVE else stand_in.product
+        act = {
+            SOLVE: stand_in.solve,
+            PRODUCT: stand_in.product,
+            MASS: stand_in.product,
+            PRECONDITION: stand_in.precondition,
+        }[kind]
         return act(v[:, None], self.damping)[:, 0]
 
-    def _block(self, vectors: list[Tensor]) -> Tensor:
-        """Vectors as columns, each contiguous."""
-        if not vectors:
-            F = self.target.F
-            return torch.empty(0, F.n_params, dtype=F.dtype, device=F.device).T
-        return torch.stack(vectors).T
+    def lead(self, which: int, found: Extreme) -> None:
+        """Note U x of the vector that was found, of length 1, for the targets to come."""
+        along, weights = self._along[which], found.weights
+        if weights is None or len(along) < len(weights):
+            return
+        # vectors are asked for as long as they come: weights of the last ones may be tiny
+        z = torch.stack(along[: len(weights)]).double()
+        y = torch.from_numpy(np.ascontiguousarray(weights)).to(z.device) @ z
+        if torch.isfinite(y).all() and y.any():
+            lead = _unit(y).to(self.target.F.dtype)
+            self.target.leads.setdefault((self.stand_ins[which].name, self.damping), []).append(lead)

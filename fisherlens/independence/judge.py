@@ -47,10 +47,12 @@ def _judged(target: Target, stand_ins: Sequence[StandIn], damping: float, note: 
     exact, g = target.step(damping), target.gradient
     steps = torch.stack([stand_in.solve(g[:, None], damping)[:, 0] for stand_in in stand_ins]).T
     curvature = target.curvature(steps, damping)
-    wide, p = steps.double(), exact.vector.double()
-    along = (g.double() @ wide).cpu().numpy()
-    lengths = torch.linalg.vector_norm(wide, dim=0).cpu().numpy() * p.norm().item()
-    inner = (p @ wide).cpu().numpy()
+    both = torch.stack([g.double(), exact.vector.double()])
+    along, inner = (
+        torch.stack([both @ x.double() for x in steps.T], dim=1).cpu().numpy()
+    )  # one copy in float64 at a time
+    own = torch.linalg.vector_norm(steps.T, dim=1, dtype=torch.float64) * torch.linalg.vector_norm(both[1])
+    lengths = own.cpu().numpy()
     ratios = extreme_ratios(target, stand_ins, damping)
     out = []
     for k, stand_in in enumerate(stand_ins):

@@ -18,6 +18,8 @@ METHODS = ("auto", "exact", "estimate")
 DEFLATE = 10
 # Lanczos steps after which a condition number is given up (our choice; about 20 are usual at 1 %).
 MAX_STEPS = 500
+# Up to so many parameters steps cost nothing, and this many are made before a value is believed (our choice).
+_SMALL, _LEAST_STEPS = 20_000, 20
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,12 @@ def check_options(method: Any, num_probes: Any, num_matvecs: Any, seed: Any, tol
             f"tol must be a number between 1e-10 and 0.5, the relative accuracy of condition numbers; got {tol!r}. 0.01 is the default."
         )
     return Options(method, num_probes, num_matvecs, seed, float(tol))
+
+
+def run_options(options: Options, n_params: int) -> dict[str, Any]:
+    """Keywords of a Lanczos run: half the relative accuracy of condition numbers for each end."""
+    least = _LEAST_STEPS if n_params <= _SMALL else 0
+    return {"tol": options.tol / 2, "max_steps": MAX_STEPS, "least_steps": least}
 
 
 def check_grid(damping: Any) -> tuple[list[float], bool]:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fisherlens.approximations import BlockDiagonal
+from fisherlens.approximations.shelf import Shelf
 from fisherlens.errors import InputError, MemoryBudgetError
 from fisherlens.fisher import Fisher, require_fisher
 from fisherlens.independence.judge import energy
 from fisherlens.independence.options import check_grid, check_options
-from fisherlens.independence.standin import Parts, StandIn, inside_layers
+from fisherlens.independence.standin import Parts, StandIn, inside_layers, on_layers
 from fisherlens.independence.table import Table
 from fisherlens.independence.target import Target
 from fisherlens.linalg.pencil import DENSE_ORDER
@@ -150,13 +151,14 @@ class _Segments:
     def __call__(self, target: Target, place: int) -> None:
         batch: dict[int, StandIn] = {}
         known: dict[Any, Any] = {}
+        shelf = Shelf(target.diagonal.to(self.F.dtype))
         held = 0
         for row, scheme in enumerate(self.schemes):
             own = scheme if target.name == WHOLE else scheme.restrict(target.name)
             key = _signature(own)
             if key not in known:
                 try:
-                    known[key] = self._matrix(scheme, row, target.name)
+                    known[key] = self._matrix(own, row, target.name, shelf)
                 except MemoryBudgetError as error:
                     where = f"{self.table.names[row]!r} on {target.name!r}"
                     self.table.note(f"independence: {where} is left out. {error}")
@@ -165,20 +167,23 @@ class _Segments:
                 held += _bytes(known[key])
             matrix = known[key]
             self._keep(row, target.name, matrix)
-            batch[row] = StandIn(self.table.names[row], matrix, own.sizes, exact_blocks=True)
+            by_layers = target.name == WHOLE and on_layers(self.F, own)
+            batch[row] = StandIn(self.table.names[row], matrix, own.sizes, exact_blocks=True, by_layers=by_layers)
             self.table.put(row, place, energy(target, own.sizes, matrix.squared_norm()))
             facts = {"num_blocks": own.num_blocks, "largest_block": own.largest_block}
             self.table.put(row, place, facts | {"storage_bytes": own.storage_bytes(self.F.dtype)})
             if held > self.room:
                 self.table.judge(target, place, batch)
                 batch, known, held = {}, {}, 0
+                shelf = Shelf(shelf.diagonal)
         self.table.judge(target, place, batch)
 
-    def _matrix(self, scheme: Partition, row: int, layer: str) -> BlockDiagonal | Parts:
+    def _matrix(self, own: Partition, row: int, layer: str, shelf: Shelf) -> BlockDiagonal | Parts:
         names = self.F.layout.layer_names
-        if layer == WHOLE and inside_layers(scheme) and all((row, name) in self._kept for name in names):
+        if layer == WHOLE and inside_layers(own) and all((row, name) in self._kept for name in names):
             return Parts(self.F, {name: self._kept[row, name] for name in names})
-        matrix = BlockDiagonal(self.F, scheme) if layer == WHOLE else BlockDiagonal.part_of(self.F, scheme, layer)
+        whole = layer == WHOLE
+        matrix = BlockDiagonal(self.F, own) if whole else BlockDiagonal.part_of(self.F, own, layer, shelf)
         if matrix.n_params > DENSE_ORDER:  # Lanczos will ask for many solves
             matrix.prefer_inverses()
         return matrix

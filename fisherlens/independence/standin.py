@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherlens.approximations import BlockDiagonal
+from fisherlens.approximations.block_diagonal import precondition_of, product_of, solve_of
 from fisherlens.approximations.pieces import squared_block_norms
 from fisherlens.fisher import Fisher
 from fisherlens.partitions import Partition
@@ -43,12 +44,15 @@ class StandIn:
         Parameters in each of its blocks there.
     exact_blocks
         Whether its blocks are those of F, so that nothing but couplings is lost.
+    by_layers
+        Whether its blocks are those of F on whole layers.
     """
 
     name: str
     matrix: Any
     sizes: Any
     exact_blocks: bool
+    by_layers: bool = False
 
     @property
     def whole(self) -> bool:
@@ -58,11 +62,20 @@ class StandIn:
     def product(self, v: Tensor, damping: float) -> Tensor:
         """The damped matrix that :meth:`solve` inverts, times V: (F̂ + λ) V unless the stand-in damps in a form of its own."""
         own = getattr(self.matrix, "damped_product", None)
-        return own(v, damping) if own is not None else self.matrix._product(v) + damping * v
+        return own(v, damping) if own is not None else torch.add(self.matrix._product(v), v, alpha=damping)
 
     def solve(self, v: Tensor, damping: float) -> Tensor:
         """(F̂ + λ)⁻¹ V."""
         return self.matrix._solve(v, damping)
+
+    @property
+    def preconditions(self) -> bool:
+        """Whether a rough solve is much cheaper than a solve."""
+        return getattr(self.matrix, "preconditions", False)
+
+    def precondition(self, v: Tensor, damping: float) -> Tensor:
+        """Roughly (F̂ + λ)⁻¹ V, where the stand-in says that it preconditions."""
+        return self.matrix.precondition(v, damping)
 
     @property
     def damps_as_usual(self) -> bool:
@@ -85,17 +98,30 @@ class Parts:
         self._parts = [(slice(layer.start, layer.stop), parts[layer.name]) for layer in F.layout.layers]
         self.shape = F.shape
 
-    def _apply(self, v: Tensor, act: Any) -> Tensor:
+    def _apply(self, v: Tensor, act: Any, each: Any) -> Tensor:
+        """``each`` of the blocks of block-diagonal parts, straight into the answer; ``act`` of the others."""
         out = torch.empty(v.shape[::-1], dtype=v.dtype, device=v.device).T
         for at, part in self._parts:
-            out[at] = act(part, v[at])
+            if isinstance(part, BlockDiagonal):
+                part.apply(v[at], out[at], each)
+            else:
+                out[at] = act(part, v[at])
         return out
 
     def _product(self, v: Tensor) -> Tensor:
-        return self._apply(v, lambda part, piece: part._product(piece))
+        return self._apply(v, lambda part, piece: part._product(piece), product_of)
 
     def _solve(self, v: Tensor, damping: float) -> Tensor:
-        return self._apply(v, lambda part, piece: part._solve(piece, damping))
+        return self._apply(v, lambda part, piece: part._solve(piece, damping), solve_of(damping))
+
+    @property
+    def preconditions(self) -> bool:
+        """Whether that of a layer does."""
+        return any(getattr(part, "preconditions", False) for _, part in self._parts)
+
+    def precondition(self, v: Tensor, damping: float) -> Tensor:
+        """Roughly (F̂ + λ)⁻¹ V."""
+        return self._apply(v, lambda part, piece: part._solve(piece, damping), precondition_of(damping))
 
     def log_determinant(self, damping: float) -> float:
         """Log det(I + F̂/λ)."""
@@ -117,6 +143,14 @@ class Parts:
 def inside_layers(partition: Partition) -> bool:
     """Whether no block crosses layers."""
     return all(group.layer is not None for group in partition.groups)
+
+
+def on_layers(F: Fisher, partition: Partition) -> bool:
+    """Whether every block is a whole layer."""
+    return all(
+        group.layer is not None and len(group) == 1 and group.size == F.layout.layer(group.layer).size
+        for group in partition.groups
+    )
 
 
 def squared_norm_of_blocks(F: Fisher, partition: Partition, layer: str | None) -> float:

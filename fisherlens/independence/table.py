@@ -21,6 +21,7 @@ from fisherlens.spectrum import WHOLE
 
 if TYPE_CHECKING:
     import xarray as xr
+    from torch import Tensor
 
 Words = Mapping[str, tuple[str, str]]
 _WHOLE_NUMBERS = ("num_blocks", "largest_block", "storage_bytes")
@@ -64,6 +65,7 @@ class Table:
         self.varying = {name: np.full((len(dampings), *shape), np.nan) for name in PER_DAMPING}
         self.notes: list[tuple[str, type[Warning]]] = []
         self.methods: dict[str, None] = {}
+        self._leads: dict[tuple[str, float], list[Tensor]] = {}
         self.done, self.interrupted = 0, False
 
     @property
@@ -89,6 +91,7 @@ class Table:
                     F, own = self.F if whole else self.F.restrict(layer), None if whole else self.F.layout.layer(layer)
                     piece = diagonal if own is None else diagonal[own.start : own.stop]
                     target = Target(F, layer, self.options, piece)
+                    target.leads = self._leads
                     judge_target(target, place)
                     self.methods[target.words] = None
             except KeyboardInterrupt:

@@ -68,6 +68,8 @@ class Target:
     ----------
     exact
         Whether the smaller of F and its Gram matrix is factored; else solves are iterative and determinants estimated.
+    leads
+        Stand-in and damping → U x of the largest μ of each target before, as a start for this one.
     """
 
     def __init__(self, F: Fisher, name: str, options: Options, diagonal: Tensor):
@@ -75,6 +77,7 @@ class Target:
         self.exact = options.method != "estimate" and self._factors()
         self.gradient = F.gradient()
         self._step: Step | None = None
+        self.leads: dict[tuple[str, float], list[Tensor]] = {}
 
     def _factors(self) -> bool:
         F = self.F
@@ -140,22 +143,26 @@ class Target:
     def curvature(self, vectors: Tensor, damping: float) -> np.ndarray:
         """vᵀ (F + λ) v of the columns of ``(P, K)``, float64 ``(K,)``."""
         images = self.F.scores.matmat(vectors).double().square().sum(0) / self.F.total_weight
-        return (images + damping * vectors.double().square().sum(0)).cpu().numpy()
+        lengths = torch.linalg.vector_norm(vectors.T, dim=1, dtype=torch.float64)
+        return (images + damping * lengths.square()).cpu().numpy()
 
     @cached_property
     def dense(self) -> Tensor:
         """The matrix in float64, for small ones."""
         return self.F.dense().double()
 
-    def products_and_solves(self, v: Tensor, r: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-        """(F + λ) V and (F + λ)⁻¹ R for ``(P, K)`` and ``(P, L)``: both are one pass over the scores."""
-        F, k = self.F, v.shape[1]
-        if F.solver.dense_side or F.plan.streamed or F.plan.linearised or not r.shape[1]:
+    def products_and_solves(self, both: Tensor, k: int, damping: float) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(F + λ) V and (F + λ)⁻¹ R for ``[V, R]``, ``(P, K + L)`` with each vector contiguous, in one pass over the scores.
+
+        Also U V, ``(rows, K)``, where that was on the way.
+        """
+        F, v, r = self.F, both[:, :k], both[:, k:]
+        if F.solver.dense_side or F.plan.streamed or F.plan.linearised:
             images = (F._product(v) + damping * v) if k else v
-            return images, (F.solver.solve(r, damping) if r.shape[1] else r)
-        both = torch.cat([v.T, r.T]).T  # vectors stay contiguous
+            return images, (F.solver.solve(r, damping) if r.shape[1] else r), None
         z = F.scores.matmat(both)
-        inner = torch.cholesky_solve(z[:, k:].double(), F.solver.factor(damping)).to(z.dtype)
-        z[:, k:] = inner
+        along = z[:, :k].clone()
+        if r.shape[1]:
+            z[:, k:] = torch.cholesky_solve(z[:, k:].double(), F.solver.factor(damping)).to(z.dtype)
         y = F.scores.rmatmat(z.div_(F.total_weight))
-        return y[:, :k].add_(v, alpha=damping), y[:, k:].sub_(r).div_(-damping)
+        return y[:, :k].add_(v, alpha=damping), y[:, k:].sub_(r).div_(-damping), along

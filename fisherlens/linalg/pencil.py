@@ -1,14 +1,14 @@
 r"""Extreme eigenvalues of pairs of symmetric matrices, A x = μ M x, with M positive definite.
 
-A Lanczos run is a generator that asks for products (A v) and solves (M⁻¹ r) and is told the answers, so that whoever serves many runs can
-answer the questions of all of them with one block product.
+A run is a generator that asks for products (A v, M v) and solves (M⁻¹ r, or roughly that) and is told the answers, so that whoever serves
+many runs can answer the questions of all of them with one block product.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,9 +20,11 @@ from fisherlens.errors import NonFiniteError
 DENSE_ORDER = 256
 # Share of the tolerance that the estimate residual²/gap may take: the gap is an estimate too, and early on too large (our choice).
 _QUADRATIC_SHARE = 0.1
-# Steps in which the error must be small before it is believed: a start that hardly holds the largest eigenvector settles on another first.
+# Steps in which a residual must be small before it is believed: a start that hardly holds the largest eigenvector settles on another first.
 _IN_A_ROW = 3
-PRODUCT, SOLVE = "product", "solve"
+# The same of what increments leave to come, which look back at two steps themselves (our choice, from runs on networks of all sizes).
+_SETTLED_IN_A_ROW = 2
+PRODUCT, SOLVE, MASS, PRECONDITION = "product", "solve", "mass", "precondition"
 
 
 @dataclass(frozen=True)
@@ -34,24 +36,65 @@ class Extreme:
     value
         Ritz value: inside the spectrum, but for rounding.
     error
-        Estimated error: the residual, or its square over the gap to the next Ritz value where that is smaller.
+        Estimated error, the smallest of three: the residual, its square over the gap to the next Ritz value, and what the last increments
+        of the value leave to come.
     steps
-        Lanczos steps, one product and one solve each.
+        Steps, one product and one solve each.
     converged
         Whether the error met the tolerance.
+    weights
+        The Ritz vector, as coefficients of the vectors whose product with A was asked for, in that order.
     """
 
     value: float
     error: float
     steps: int
     converged: bool
+    weights: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
 Run = Generator[tuple[str, Tensor], Tensor, list[Extreme]]
 Question = tuple[int, str, Tensor]
+Dot = Callable[[Tensor, Tensor], Tensor]
 
 
-def lanczos_run(start: Tensor, *, tol: float, max_steps: int, ends: Sequence[str] = ("largest",)) -> Run:
+class Settling:
+    r"""What is left to come of a value that approaches its limit from one side, from its last increments.
+
+    .. math:: \mu - \theta_k \lesssim \delta_k \max\Big(\frac{3k}{4}, \frac{q}{1 - q}\Big), \qquad q = \frac{\delta_k}{\delta_{k-1}}
+
+    The second is what is left where increments shrink like a geometric series, the first, with half as much
+    again, where they shrink like k⁻³, as they do below a crowded end of the spectrum.
+    """
+
+    def __init__(self) -> None:
+        self._values: list[float] = []
+        self.left = math.inf
+
+    def rest(self, value: float) -> float:
+        """The estimate after one more value; infinite before the third, and where increments do not shrink."""
+        self._values.append(value)
+        self.left = self._rest() if len(self._values) > 2 else math.inf
+        return self.left
+
+    def _rest(self) -> float:
+        first, second, third = self._values[-3:]
+        before, last = abs(second - first), abs(third - second)
+        if last >= before:
+            return last if last <= 1e-13 * abs(third) else math.inf
+        ratio = last / before
+        return last * max(0.75 * len(self._values), ratio / (1 - ratio))
+
+
+def lanczos_run(
+    start: Tensor,
+    *,
+    tol: float,
+    max_steps: int,
+    least_steps: int = 0,
+    ends: Sequence[str] = ("largest",),
+    dot: Dot = torch.dot,
+) -> Run:
     r"""Find extreme μ of A x = μ M x by Lanczos in the inner product of M.
 
     .. math:: A v_j = \beta_{j-1} M v_{j-1} + \alpha_j M v_j + \beta_j M v_{j+1}, \qquad v_i^\top M v_j = \delta_{ij}
@@ -61,11 +104,16 @@ def lanczos_run(start: Tensor, *, tol: float, max_steps: int, ends: Sequence[str
     start
         A vector ``(n,)``: the run begins with M⁻¹ of it.
     tol
-        Relative; a value is accepted when its residual is below tol · μ, or residual²/gap below a tenth of that, in three steps in a row.
+        Relative; a value is accepted when what its increments leave to come (:class:`Settling`) is below tol · μ in two steps in a row, or
+        in three its residual, or residual²/gap below a tenth of it.
     max_steps
         Steps after which what there is comes back unconverged.
+    least_steps
+        Steps before which no value is believed, for problems in which they cost nothing.
     ends
         ``"largest"``, ``"smallest"``, or both.
+    dot
+        Of a vector v or M⁻¹ r with a vector r or A v, where tensors are coefficients of these.
 
     Yields
     ------
@@ -78,63 +126,153 @@ def lanczos_run(start: Tensor, *, tol: float, max_steps: int, ends: Sequence[str
     Notes
     -----
     Three vectors are kept, and no basis: without re-orthogonalisation Ritz values stay within rounding of the spectrum and only come in
-    copies (Paige 1971), which do not move its ends. A residual that vanishes, where the Krylov space is exhausted, ends the run.
+    copies (Paige 1971), which do not move its ends. A residual that vanishes, where the Krylov space is exhausted, ends the run. Where many
+    eigenvalues crowd at an end, the value settles long before its vector does, so that residuals alone would ask for far more than the
+    accuracy of the value.
     """
     alphas: list[float] = []
-    betas: list[float] = []
-    r = start
+    lengths: list[float] = []
+    watches = [Settling() for _ in ends]
+    r, previous, spare = start, None, None
     z = yield SOLVE, r
-    previous, beta, good = torch.zeros_like(start), 0.0, 0
-    length = _length(r, z)
+    length, good, settled = _length(dot, z, r), 0, 0
     found = [Extreme(math.nan, math.nan, 0, False) for _ in ends]
     if not length > 0:
         return found
-    for _ in range(max_steps):
-        p, v = r / length, z / length
-        w = yield PRODUCT, v
-        r = w - beta * previous if beta else w.clone()
-        alpha = _dot(v, r)
-        r.sub_(p, alpha=alpha)
-        z = yield SOLVE, r
-        length = _length(r, z)
+    for step in range(max_steps):
+        w = yield PRODUCT, z
+        alpha = _finite(dot(z, w)) / length**2
+        # vectors stay as long as they come; their lengths are divided out here
+        out = w / length if spare is None else torch.mul(w, 1 / length, out=spare)
+        out.add_(r, alpha=-alpha / length)
+        if previous is not None:
+            out.add_(previous, alpha=-length / lengths[-1])
+        spare = previous if step > 1 else None  # the start is not ours to write to
+        r, previous = out, r
         alphas.append(alpha)
-        found = _ritz(alphas, betas, length, tol, ends)
+        lengths.append(length)
+        z = yield SOLVE, r
+        length = _length(dot, z, r)
+        found = _ritz(alphas, lengths, length, tol, ends, watches)
         good = good + 1 if all(one.converged for one in found) else 0
+        still = all(watch.left <= tol * abs(one.value) for watch, one in zip(watches, found, strict=True))
+        settled = settled + 1 if still else 0
         exhausted = length <= 1e-3 * tol * min(abs(one.value) for one in found)
-        if exhausted or good >= _IN_A_ROW:
+        believed = settled >= _SETTLED_IN_A_ROW or good >= _IN_A_ROW
+        if exhausted or (believed and step + 1 >= least_steps):
             return found
-        betas.append(length)
-        previous, beta = p, length
-    return [Extreme(one.value, one.error, one.steps, False) for one in found]
+    return [Extreme(one.value, one.error, one.steps, False, one.weights) for one in found]
 
 
-def _dot(a: Tensor, b: Tensor) -> float:
-    value = torch.dot(a, b).item()
-    if not math.isfinite(value):
+def _finite(value: Tensor) -> float:
+    number = value.item()
+    if not math.isfinite(number):
         raise NonFiniteError(
             "A product or solve with F or its stand-in holds NaN or infinity, so that no eigenvalue can be found. Look for very large parameters or "
             "inputs, raise the damping, or use float64."
         )
-    return value
+    return number
 
 
-def _length(r: Tensor, z: Tensor) -> float:
-    return math.sqrt(max(_dot(r, z), 0.0))
+def _length(dot: Dot, z: Tensor, r: Tensor) -> float:
+    return math.sqrt(max(_finite(dot(z, r)), 0.0))
 
 
-def _ritz(alphas: list[float], betas: list[float], beta: float, tol: float, ends: Sequence[str]) -> list[Extreme]:
+def _ritz(
+    alphas: list[float], lengths: list[float], beta: float, tol: float, ends: Sequence[str], watches: list[Settling]
+) -> list[Extreme]:
     """Ritz values at the ends of the tridiagonal matrix so far, with their errors."""
-    off = np.array(betas)
+    off = np.array(lengths[1:])
     theta, y = np.linalg.eigh(np.diag(alphas) + np.diag(off, 1) + np.diag(off, -1))
     found = []
-    for end in ends:
+    for end, watch in zip(ends, watches, strict=True):
         at, beside = (-1, -2) if end == "largest" else (0, 1)
         value, residual = float(theta[at]), float(beta * abs(y[-1, at]))
         gap = abs(value - float(theta[beside])) if len(theta) > 1 else 0.0
         squared = residual**2 / gap if gap > residual else math.inf
-        converged = residual <= tol * abs(value) or squared <= _QUADRATIC_SHARE * tol * abs(value)
-        found.append(Extreme(value, min(residual, squared), len(theta), bool(converged)))
+        rest = watch.rest(value)
+        converged = min(residual, squared / _QUADRATIC_SHARE, rest) <= tol * abs(value)
+        weights = y[:, at] / np.array(lengths)
+        found.append(Extreme(value, min(residual, squared, rest), len(theta), bool(converged), weights))
     return found
+
+
+def preconditioned_run(start: Tensor, *, tol: float, max_steps: int, least_steps: int = 0) -> Run:
+    r"""Find the largest μ of A x = μ M x where M⁻¹ is known only roughly, from products with A and M.
+
+    Each step takes the best vector of the space of three: the last one, its residual preconditioned, and the direction of the last step
+    (LOBPCG, Knyazev 2001, for a single vector).
+
+    Parameters
+    ----------
+    start
+        A vector ``(n,)``: the run begins with the preconditioner of it.
+    tol, max_steps, least_steps
+        As for :func:`lanczos_run`, without the last of its three errors.
+
+    Yields
+    ------
+    ``("product", v)``, ``("mass", v)`` or ``("precondition", r)``; to be answered with ``.send`` of A v, M v or T r, where T resembles M⁻¹.
+
+    Returns
+    -------
+    A list of one :class:`Extreme`, as the value of the generator.
+    """
+    watch, good, settled = Settling(), 0, 0
+    x = yield PRECONDITION, start
+    best = [x.clone(), (yield PRODUCT, x).clone(), (yield MASS, x).clone()]  # a vector with its two images
+    moved: list[Tensor] | None = None
+    weights, moved_weights = np.ones(1), np.zeros(1)
+    found = Extreme(math.nan, math.nan, 0, False)
+    if not _finite(torch.dot(best[0], best[2])) > 0:
+        return [found]
+    for step in range(1, max_steps + 1):
+        x, a, m = best
+        size = _finite(torch.dot(x, m))
+        value = _finite(torch.dot(x, a)) / size
+        r = torch.add(a, m, alpha=-value)
+        t = yield PRECONDITION, r
+        residual, rest = _length(torch.dot, t, r) / math.sqrt(size), watch.rest(value)
+        converged = min(residual, rest) <= tol * abs(value)
+        found = Extreme(value, min(residual, rest), step, bool(converged), weights)
+        good = good + 1 if converged else 0
+        settled = settled + 1 if rest <= tol * abs(value) else 0
+        believed = settled >= _SETTLED_IN_A_ROW or good >= _IN_A_ROW
+        if residual <= 1e-3 * tol * abs(value) or (believed and step >= least_steps):
+            return [found]
+        new = [t, (yield PRODUCT, t), (yield MASS, t)]
+        space = [best, new] if moved is None else [best, new, moved]
+        c = _best_of(space, torch.finfo(t.dtype).eps)
+        weights, moved_weights = np.append(weights, 0.0), np.append(moved_weights, 0.0)
+        moved_weights *= c[2]
+        moved_weights[-1] += c[1]
+        weights = c[0] * weights + moved_weights
+        if moved is None:
+            moved = [c[1] * one for one in new]
+        else:
+            for mine, one in zip(moved, new, strict=True):
+                mine.mul_(c[2]).add_(one, alpha=c[1])
+        for mine, one in zip(best, moved, strict=True):
+            mine.mul_(c[0]).add_(one)
+    return [Extreme(found.value, found.error, found.steps, False, weights)]
+
+
+def _best_of(space: list[list[Tensor]], eps: float) -> tuple[float, float, float]:
+    """Coefficients of the vector with the largest quotient; the last direction is left out where rounding has made it dependent."""
+    k = len(space)
+    a, m = np.zeros((k, k)), np.zeros((k, k))
+    for i in range(k):
+        for j in range(i + 1):
+            a[i, j] = a[j, i] = _finite(torch.dot(space[i][0], space[j][1]))
+            m[i, j] = m[j, i] = _finite(torch.dot(space[i][0], space[j][2]))
+    scale = 1 / np.sqrt(np.maximum(m.diagonal(), np.finfo(float).tiny))
+    a, m = a * scale * scale[:, None], m * scale * scale[:, None]
+    lowest = np.linalg.eigvalsh(m)[0]
+    if lowest < 100 * eps:
+        return _best_of(space[:-1], eps) if k > 2 else (1.0, 0.0, 0.0)
+    half = np.linalg.inv(np.linalg.cholesky(m))
+    c = half.T @ np.linalg.eigh(half @ a @ half.T)[1][:, -1] * scale
+    return (float(c[0]), float(c[1]), float(c[2]) if k > 2 else 0.0)
 
 
 def serve(runs: Sequence[Run], answer: Callable[[list[Question]], Sequence[Tensor | None]]) -> list[list[Extreme]]:
@@ -143,10 +281,10 @@ def serve(runs: Sequence[Run], answer: Callable[[list[Question]], Sequence[Tenso
     Parameters
     ----------
     runs
-        Generators of :func:`lanczos_run`, not yet started.
+        Generators of :func:`lanczos_run` or :func:`preconditioned_run`, not yet started.
     answer
-        Takes all open questions, ``(number of the run, "product" or "solve", vector)``, and answers as many of them as it likes, at least
-        one: for each a tensor, or None for a question that is to wait.
+        Takes all open questions, ``(number of the run, kind of question, vector)``, and answers as many of them as it likes, at least one:
+        for each a tensor, or None for a question that is to wait.
     """
     found: dict[int, list[Extreme]] = {}
     waiting: list[Question] = [(k, *next(run)) for k, run in enumerate(runs)]

@@ -3,12 +3,14 @@
 Run with ``python tests/benchmarks/blocks.py``; ``--help`` lists the options. The unit of time is one gradient evaluation (forward
 and backward of the mean loss) on the same data, timed before and after each run of ours; ratios are medians. The table is
 ``fl.independence`` with its default partitions: energy, cosine, decrease, divergence and condition numbers to 1 % of five segmentations, for
-every layer and the whole network. Its Gram matrices are part of its time, the capture of the scores stands beside it.
+every layer and the whole network. Its Gram matrices are part of its time, the capture of the scores stands beside it. Then each
+segmentation alone, which says what is dear.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import statistics
 import warnings
 from collections.abc import Callable
@@ -25,6 +27,8 @@ import fisherlens as fl
 
 # What design.md and the plan of the package ask of us, in gradient evaluations.
 GOALS = {"couplings": dict.fromkeys(REFERENCES, 2.0), "table": {"lenet": 60.0}}
+# What fl.independence judges by default.
+PARTITIONS = inspect.signature(fl.independence).parameters["partitions"].default
 _UNIT_SECONDS = 0.1  # a gradient faster than this is timed in groups
 
 
@@ -96,7 +100,15 @@ def table(task: Task, rounds: int, check: bool) -> dict[str, Any]:
             close = fl.independence(fisher(task), tol=1e-4, progress_bar=False)
             gap = abs(first["condition_number"] / close["condition_number"] - 1)
             row["condition_error"] = float(gap.max())
+    row["parts"] = {name: part(task, name) for name in PARTITIONS}
     return row
+
+
+def part(task: Task, name: str) -> dict[str, float]:
+    """The table of a single partition, the Grams being there; what several share is in each of them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fl.NumericalWarning)
+        return in_gradients(task, lambda: with_grams(task), lambda F: fl.independence(F, [name], progress_bar=False), 1)
 
 
 def measure(network: str, options: Any) -> dict[str, Any]:

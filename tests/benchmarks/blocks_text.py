@@ -41,6 +41,9 @@ def rows_of(name: str, found: dict[str, Any], goals: dict[str, dict[str, float]]
             f"≤ {number(goal)}" if goal else "-",
         ]
         rows.append([TITLES.get(name, name), words, *shown, number(row["seconds"]), "; ".join(note)])
+        for scheme, part in row.get("parts", {}).items():
+            one = [number(part["gradients"]), "one round", "-", number(part["seconds"]), ""]
+            rows.append([TITLES.get(name, name), f"'{scheme}' alone, Grams given", *one])
     return rows
 
 
@@ -62,7 +65,7 @@ def markdown(payload: dict[str, Any]) -> str:
         f"Measured on: {payload['machine']}. N = {settings['n']}, `memory={settings['memory']!r}`.",
         "Times are in gradient evaluations on the same data, medians, with the range over the rounds. The couplings are "
         '`fl.coupling(F, "layer", num_null=0)`. The table is `fl.independence(F)`: five segmentations, every layer and the whole network, condition '
-        "numbers to 1 %. Goals are those set for the package before it was written.",
+        "numbers to 1 %; the lines after it are each segmentation alone, with what several share in each of them. Goals are those set for the package before it was written.",
         table(HEAD, rows),
     ]
     return "\n\n".join(parts)
