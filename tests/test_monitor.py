@@ -416,6 +416,19 @@ def test_wrapped_networks_are_unwrapped():
     assert fl.Monitor(compiled, data, likelihood="categorical").result["trace"].equals(plain["trace"])
 
 
+@pytest.mark.slow
+def test_a_compiled_network_is_measured_as_it_is():
+    model, data = seeded(small).double(), points()
+    expected = fl.Monitor(model, data, likelihood="categorical").result["trace"]
+    compiled = torch.compile(model, backend="eager")
+    compiled(data[0]).sum().backward()
+    assert fl.Monitor(compiled, data, likelihood="categorical").result["trace"].equals(expected)
+    model.compile(backend="eager")
+    model(data[0]).sum().backward()
+    assert fl.Monitor(model, data, likelihood="categorical").result["trace"].equals(expected)
+    assert model._compiled_call_impl is not None
+
+
 def test_a_network_that_holds_its_monitor_and_one_that_cannot_be_copied():
     model, data = seeded(small), points(dtype=torch.float32)
     model.watch = fl.Monitor(model, data, likelihood="categorical", every=1)
