@@ -30,7 +30,7 @@ def swapped(F):
 
 
 def test_order_of_optimizers_is_that_of_condition_numbers():
-    options = {"partitions": CUTS, "num_steps": 12, "rates": RATES, "kl_clip": None}
+    options = {"partitions": CUTS, "num_steps": 12, "rates": RATES}
     claim = convergence([subject(slow_line(), damping=1e-3)], **options)
     rows = rows_of(claim)
     assert rows["condition-number"].holds
@@ -51,6 +51,6 @@ def test_unreached_targets_rank_last():
 
     entries = {"good": lambda m: torch.optim.SGD(m.parameters(), lr=0.3), "bad": diverging}
     runs = fl.compare_optimizers(line(torch.eye(3)), entries, num_steps=8, seeds=1, record_every=2, progress=False)
-    good, bad = steps_to_target(runs.isel(seed=0))
+    good, bad = steps_to_target(runs.isel(seed=0), 0.5)
     assert 0 < good < 8
     assert bad == math.inf

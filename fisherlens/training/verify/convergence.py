@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     import xarray as xr
 
 FULL = "full"
-CLIP = 1e-2  # of the divergence of a step, as published for TENGraD and its baselines; without it runs break off where F grows fast
+WAY, WHOLE_WAY = 0.5, 0.9  # of the way down, with mini-batches and with all examples (our choice)
+CLIP = 1e-2  # with mini-batches: of the divergence of a step, as published for TENGraD and its baselines; without it runs break off where F grows fast
 SLOWEST, FASTEST = 0.003, 1.0  # the rates that are tried, evenly spaced on a log axis: r = 1 is the full natural step
 RANKED = 0.7
 _STEPS = {"quick": 30, "full": 120}
@@ -45,7 +46,6 @@ def convergence(
     num_steps: int | None = None,
     batch_size: int | None = None,
     rates: Sequence[float] | None = None,
-    kl_clip: float | None = CLIP,
 ) -> Claim:
     """Compare the order that condition numbers and decrease ratios predict with the order in which optimizers reach a target.
 
@@ -57,33 +57,36 @@ def convergence(
         Name → what :func:`fisherlens.partition` takes; None for layers, units, the segments of CW-NGD and MBF, shuffled blocks of CW-NGD's
         sizes, and single entries. Exact natural gradient runs beside them.
     num_steps, batch_size
-        Steps of a run, by preset; examples of each, the problem's.
+        Steps of a run, by preset; examples of each, the problem's, or all where there are no more than four times as many. Steps on all
+        examples are not clipped.
     rates
         Learning rates that every optimizer is tried with; by default from 0.003 to 1, as many as the preset allows.
-    kl_clip
-        κ of all optimizers; None clips nothing.
 
     Returns
     -------
-    Rows ``convergence/condition-number`` and ``/decrease-ratio``, rank correlations of predicted and measured order over the segmentations, and
-    ``/exact``, whether exact natural gradient (condition number 1) is as fast as the best of them. The
-    target is the training loss half-way on a log scale from the common start to the best loss of any run, per seed; a run that does not
-    reach it is extrapolated at its mean rate, and one that diverges ranks last. Curves ``convergence_condition_number``, ``_decrease_ratio``, ``_steps`` and ``_loss`` over segmentations, and ``_rate``.
+    Rows ``convergence/condition-number`` and ``/decrease-ratio``, rank correlations of predicted and measured order over the
+    segmentations, and ``/exact``, whether exact natural gradient (condition number 1) is as fast as the best of them. The target lies on the
+    way, on a log scale, from the common start to the best loss of any run, per seed: half-way with mini-batches, whose noise limits what
+    any can reach, nine tenths with all examples. Steps are whole ones; a run that does not reach it is extrapolated at its mean
+    rate, and one that diverges ranks last. Curves ``convergence_condition_number``, ``_decrease_ratio``, ``_steps`` and ``_loss`` over
+    segmentations, and ``_rate``.
     """
     starts = [subject.initial for subject in subjects]
     parts = [chosen(start, partitions) for start in starts]
     names = [name for name in parts[0] if all(name in one for one in parts)]
-    first, data = starts[0], starts[0].problem.train[0]
+    first, count = starts[0], len(starts[0].problem.train[0])
     steps = _STEPS.get(first.preset, 20) if num_steps is None else num_steps
-    size = min(first.problem.batch_size if batch_size is None else batch_size, len(data))
+    if batch_size is None:
+        batch_size = count if count <= 4 * first.problem.batch_size else first.problem.batch_size
+    size, way, clip = (batch_size, WAY, CLIP) if batch_size < count else (count, WHOLE_WAY, None)
     rates = np.geomspace(SLOWEST, FASTEST, first.budget.rates).tolist() if rates is None else list(rates)
     damping = float(np.mean([start.damping for start in starts]))  # an optimizer is the same on all seeds
     told = [
         _predict(start, [one[name] for name in names], size, damping) for start, one in zip(starts, parts, strict=True)
     ]
-    entries: dict[str, Any] = {FULL: partial(whole, start=first, damping=damping, kl_clip=kl_clip)}
+    entries: dict[str, Any] = {FULL: partial(whole, start=first, damping=damping, kl_clip=clip)}
     entries |= {
-        name: partial(blockwise, start=first, damping=damping, kl_clip=kl_clip, part=parts[0][name]) for name in names
+        name: partial(blockwise, start=first, damping=damping, kl_clip=clip, part=parts[0][name]) for name in names
     }
     with warnings.catch_warnings():
         # trials that are too fast, and best ones at the edge: the rows say it
@@ -95,18 +98,18 @@ def convergence(
             seeds=[subject.seed for subject in subjects],
             batch_size=size,
             record_every=max(1, steps // _RECORDS),
-            num_eval=min(_NUM_EVAL, len(data)),
+            num_eval=min(_NUM_EVAL, count),
             tune=Tuning({name: {"lr": rates} for name in entries}, criterion="mean"),
             progress=False,
         )
     if bool(runs.interrupted.any()):  # a comparison keeps what it has; a claim needs all of it
         raise KeyboardInterrupt
     first.tick("optimizers compared")
-    reached = np.array([steps_to_target(runs.isel(seed=k)) for k in range(len(subjects))])  # (seeds, entries)
+    reached = np.array([steps_to_target(runs.isel(seed=k), way) for k in range(len(subjects))])  # (seeds, entries)
     kappa = np.array([[1.0, *(one.condition_number for one in row)] for row in told])
     ratio = np.array([[1.0, *(one.decrease_ratio for one in row)] for row in told])
     edge = ", ".join(str(name) for name in runs.optimizer.values[runs.at_edge.values])
-    note = f"steps to the loss half-way to the best, {len(entries)} optimizers, {len(rates)} rates each"
+    note = f"steps to {way:.0%} of the way to the best loss, {len(entries)} optimizers, {len(rates)} rates each"
     note += f"; the best rate of {edge} lies on the edge of those tried" if edge else ""
     rows: list[Row] = [
         order(
@@ -170,17 +173,17 @@ def blockwise(
     return CWNGD(model, lr, damping, partition=as_blocks(part), ema=0.0, momentum_ema=0.0, **shared)
 
 
-def steps_to_target(runs: xr.Dataset) -> np.ndarray:
-    """Steps of every run of one seed until it is half-way down to the best loss of any, interpolated between records.
+def steps_to_target(runs: xr.Dataset, way: float) -> np.ndarray:
+    """Steps of every run of one seed until it has gone a part of the way down to the best loss of any, interpolated between records and rounded up.
 
     A run that ends before is extrapolated at its own mean rate; infinite where it diverged or went up.
     """
     losses = runs.train_loss.transpose("optimizer", "step").values
     finite = np.isfinite(losses)
     losses, start = np.where(finite, losses, np.inf), losses[0, 0]
-    # a mean negative log-density may be negative: then half-way in the loss itself
+    # a mean negative log-density may be negative: then the way is measured in the loss itself
     level = np.log(losses / start) if (losses > 0).all() else losses - start
-    target, steps = level.min() / 2, runs.step.values.astype(float)
+    target, steps = way * level.min(), runs.step.values.astype(float)
     found = np.full(len(level), np.inf)
     for k, own in enumerate(level):
         below = np.flatnonzero(own <= target) if target < 0 else []
@@ -191,7 +194,7 @@ def steps_to_target(runs: xr.Dataset) -> np.ndarray:
             found[k] = steps[after - 1] + share * (steps[after] - steps[after - 1])
         elif own[-1] < 0:
             found[k] = steps[-1] * target / own[-1]
-    return found
+    return np.ceil(found)
 
 
 def _curves(

@@ -38,6 +38,7 @@ FRACTION = 0.1  # r: the share of the full natural step that is taken, so that s
 TOLERANCE = 0.25
 RANKED = 0.7
 _STEPS = {"quick": 6, "full": 30}
+_MOST_ROWS = 1200  # score rows of a batch: each step factors a matrix of this order
 _SAME = 1e-6  # shares of the way that are this near to 1 are 1
 
 
@@ -69,22 +70,23 @@ def independence(
         Name → what :func:`fisherlens.partition` takes; None for layers, units, the segments of CW-NGD and MBF, shuffled blocks of CW-NGD's
         sizes, and single entries.
     num_steps, batch_size
-        Steps of the runs, by preset; examples of each, the problem's.
+        Steps of the runs, by preset; examples of each, the problem's, or fewer where each has many score columns.
     fraction
         r, the share of the full natural step that is taken.
 
     Returns
     -------
-    A row ``independence/<segmentation>`` each, the distance √(1 - share), mean over the steps of the exact run, and ``independence/runs``: whether segmentations that are predicted to share
-    less end further from the exact run, each on its own path from equal weights through equal batches. Curves over steps: ``independence_predicted``,
-    ``independence_shared``, ``independence_cosine`` and ``independence_apart`` (divergence of the two runs over that of the exact run from its start).
+    A row ``independence/<segmentation>`` each, the distance √(1 - share), mean over the steps of the exact run, and
+    ``independence/runs``: whether segmentations that are predicted to share less end further from the exact run, each on its own path from
+    equal weights through equal batches. Curves over steps: ``independence_predicted``, ``independence_shared``, ``independence_cosine`` and
+    ``independence_apart`` (divergence of the two runs over that of the exact run from its start).
     """
     parts = [chosen(subject, partitions) for subject in subjects]
     names = [name for name in parts[0] if all(name in one for one in parts)]
     found = []
     for subject, one in zip(subjects, parts, strict=True):
         steps = _STEPS.get(subject.preset, 6) if num_steps is None else num_steps
-        size = subject.problem.batch_size if batch_size is None else batch_size
+        size = _batch_size(subject) if batch_size is None else batch_size
         found.append(_follow(subject, [one[name] for name in names], steps, size, fraction))
     rows: list[Row] = []
     for place, name in enumerate(names):
@@ -113,6 +115,12 @@ def independence(
             )
         )
     return Claim(tuple(rows), _curves(names, found))
+
+
+def _batch_size(subject: Subject) -> int:
+    """That of the problem, as far as a step of exact natural gradient stays quick."""
+    columns = subject.true_fisher.n_columns if subject.kind == "exact" else 1
+    return max(4, min(subject.problem.batch_size, _MOST_ROWS // columns))
 
 
 def _distance(shared: np.ndarray) -> float:
