@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fisherlens.errors import InputError
 from fisherlens.layout import LayerInfo
-from fisherlens.linalg.dense import self_gram
+from fisherlens.linalg.dense import add_self_gram, mirror, self_gram
 from fisherlens.optim import texts
 from fisherlens.optim.moments import ROWS_BYTES, bytes_per_example, layer_scores
 from fisherlens.optim.tap import Call, Pass
@@ -125,8 +125,11 @@ class TruncatedScores(ExplicitScores):
     def rmatmat(self, z: Tensor, out: Tensor) -> None:
         self._rmatmat(self.basis.T @ z, out)
 
-    def gram(self) -> Tensor:
-        return self.basis @ super().gram() @ self.basis.T
+    def add_gram(self, out: Tensor) -> None:
+        small = self.basis.new_zeros(self.basis.shape[1], self.basis.shape[1])
+        for piece in self.pieces:
+            add_self_gram(small, piece)
+        out += self.basis @ mirror(small) @ self.basis.T
 
     def columns(self, index: Tensor) -> Tensor:
         return self.basis @ torch.cat(self.pieces, dim=1)[:, index]

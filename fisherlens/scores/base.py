@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherlens.layout import LayerInfo
-from fisherlens.linalg.dense import self_gram
+from fisherlens.linalg.dense import add_self_gram, mirror
 from fisherlens.linalg.memory import Workspace
 
 # Transient memory of a chunked contraction: large enough that the matrix products dominate, small beside any budget.
@@ -154,9 +154,13 @@ class LayerScores(ABC):
     def gram(self) -> Tensor:
         """``(rows, rows)``: U_l U_lᵀ, by column chunks."""
         total = torch.zeros(self.rows, self.rows, dtype=self.dtype, device=self.device)
+        self.add_gram(total)
+        return mirror(total)
+
+    def add_gram(self, out: Tensor) -> None:
+        """Add U_l U_lᵀ to the lower triangle of a ``(rows, rows)`` matrix at least; the upper one is the caller's to mirror."""
         for chunk in self.column_chunks():
-            total += self_gram(self.columns(chunk))
-        return total
+            add_self_gram(out, self.columns(chunk))
 
     def diagonal(self) -> Tensor:
         """``(p,)``: the column sums of U_l²."""

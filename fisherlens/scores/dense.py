@@ -15,6 +15,8 @@ from fisherlens.scores.base import CHUNK_BYTES, LayerScores
 _CACHED = 8 * 2**20
 # Vectors from which thin products by unit are as fast as wide ones (measured).
 _MANY = 16
+# Score rows of a tile of a Gram matrix: 4 MB in float32, so that its second factor meets it in the cache (our choice).
+_TILE = 1024
 
 
 class DenseScores(LayerScores):
@@ -120,17 +122,25 @@ class DenseScores(LayerScores):
             if self.layer.bias:
                 bias.copy_(each.sum(1)) if i == 0 else bias.add_(each.sum(1))
 
-    def gram(self) -> Tensor:
+    def add_gram(self, out: Tensor) -> None:
         if self.t > 1:
-            return self._position_gram()
+            out += self._position_gram()
+            return
         inner = self.a.new_zeros(self.n, self.n)
         if self.layer.weight:
             inner = self_gram(self.a[:, 0])
         if self.layer.bias:
             inner = inner + 1
-        gram = self_gram(self.g.reshape(self.rows, self.d_o))
-        gram.view(self.n, self.r, self.n, self.r).mul_(inner[:, None, :, None])
-        return gram
+        g = self.g.reshape(self.rows, self.d_o)
+        some = max(1, _TILE // self.r)
+        for j in range(0, self.n, some):
+            right = slice(j * self.r, min(j + some, self.n) * self.r)
+            wide = inner[:, j : j + some].repeat_interleave(self.r, dim=1)  # long inner loops: r is small
+            for i in range(j, self.n, some):
+                left = slice(i * self.r, min(i + some, self.n) * self.r)
+                tile = g[left] @ g[right].T
+                tile.view(-1, self.r, tile.shape[1]).mul_(wide[i : i + some, None])
+                out[left, right] += tile
 
     def _position_gram(self) -> Tensor:
         """By positions, or from explicit rows of some units where that is cheaper."""

@@ -72,18 +72,17 @@ class EmbeddingScores(LayerScores):
         table.index_add_(0, self.index.reshape(-1), h.transpose(1, 2).reshape(-1, k, self.d))
         out.copy_(table.transpose(0, 1).reshape(k, -1))
 
-    def gram(self) -> Tensor:
+    def add_gram(self, out: Tensor) -> None:
         n, r, t = self.n, self.r, self.t
-        out = self.g.new_empty(n, r, n, r)
+        found = self.g.new_empty(n, r, n, r)
         step = max(1, CHUNK_BYTES // max(1, n * r * r * t * t * self.g.itemsize))
         everything = self.g.reshape(n * r * t, self.d)
         for i in range(0, n, step):
             m = min(step, n - i)
             same = (self.index[i : i + m].reshape(m, t, 1, 1) == self.index).to(self.dtype)
             outer = (self.g[i : i + m].reshape(m * r * t, self.d) @ everything.T).view(m, r, t, n, r, t)
-            out[i : i + m] = torch.einsum("mrtnsp,mtnp->mrns", outer, same)
-        gram = out.view(self.rows, self.rows)
-        return (gram + gram.T) / 2  # tiles round differently on the two sides
+            found[i : i + m] = torch.einsum("mrtnsp,mtnp->mrns", outer, same)
+        out += found.view(self.rows, self.rows)
 
     def columns(self, index: Tensor) -> Tensor:
         read = (self.index[..., None] == index // self.d).to(self.dtype)  # (n, t, m)

@@ -8,12 +8,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fisherlens.linalg.dense import self_gram
+from fisherlens.linalg.dense import mirror, self_gram
 from fisherlens.linalg.memory import Workspace
 from fisherlens.scores.base import PART, LayerScores
 
 # Explicit columns up to this size are formed whole; beyond it their Gram matrix is summed over chunks of rows (our choice).
 _AT_ONCE = 256 * 2**20
+# Gram matrices of the layers up to this size together are kept beside their sum: couplings ask for them (our choice).
+_KEPT_GRAMS = 256 * 2**20
 
 
 class ScoreMatrix:
@@ -103,11 +105,16 @@ class ScoreMatrix:
         return self._grams[name]
 
     def full_gram(self) -> Tensor:
-        """U Uᵀ over all rows, also those without weight."""
-        total = self.layer_gram(self.layers[0].layer.name).clone()
-        for layer in self.layers[1:]:
-            total += self.layer_gram(layer.layer.name)
-        return total
+        """U Uᵀ over all rows, also those without weight; the layers' own are kept for later only where they are small."""
+        total = torch.zeros(self.rows, self.rows, dtype=self.dtype, device=self.device)
+        keep = len(self.layers) * self.rows**2 * self.dtype.itemsize <= _KEPT_GRAMS
+        for layer in self.layers:
+            name = layer.layer.name
+            if keep or name in self._grams:
+                total += self.layer_gram(name)
+            else:
+                layer.add_gram(total)
+        return mirror(total)
 
     def gram(self) -> Tensor:
         """U Uᵀ over the kept rows."""

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fisherlens.fisher import Fisher
 from fisherlens.linalg.dense import self_gram
-from fisherlens.scores import ScoreMatrix
 from fisherlens.spectrum.operators import Product, Symmetric, as_symmetric
 
 # Floating-point operations in the time that one byte takes from memory: near 8 on two CPU cores and near 12 on an H200 in float32 (our
@@ -116,7 +115,7 @@ def side_of_block(F: Fisher, index: Tensor, num_products: int, *, width: int = 1
     if _fits(order, item, F.memory) and (prefer_matrix or from_matrix <= num_products / width * each):
         matrix = self_gram(columns if wide else columns.T) / weight
     if matrix is not None:
-        product, words = matrix.__matmul__, "the block's Gram matrix" if wide else "the block itself"
+        product, words = by_rows(matrix), "the block's Gram matrix" if wide else "the block itself"
     elif wide:
         product, words = lambda z: columns @ (columns.T @ z) / weight, "the score rows of the block"
     else:
@@ -173,7 +172,12 @@ def _hessian(H: Fisher) -> Side:
     matrix = H.matrix(what="The matrix")
     words = "the matrix of the Hessian, formed once"
     n = H.n_params
-    return Side(words, n, n, matrix.__matmul__, matrix, n, n, False, matrix.dtype, H.device, H.memory, lambda v: v)
+    return Side(words, n, n, by_rows(matrix), matrix, n, n, False, matrix.dtype, H.device, H.memory, lambda v: v)
+
+
+def by_rows(matrix: Tensor) -> Product:
+    """Products with a symmetric matrix, for vectors that lie in rows of memory: with few of them BLAS is faster from the left."""
+    return lambda z: (z.T @ matrix).T
 
 
 def _passes_over_data(F: Fisher) -> bool:
@@ -239,11 +243,11 @@ def _make(F: Fisher, view: Symmetric, name: str) -> Side:
     if name == "dense":
         matrix = F.dense(max_params=F.n_params)
         words = "the matrix of F, formed once"
-        return Side(words, F.n_params, F.n_params, matrix.__matmul__, matrix, 0, *facts, lambda v: v)
+        return Side(words, F.n_params, F.n_params, by_rows(matrix), matrix, 0, *facts, lambda v: v)
     if name == "gram":
-        matrix = _gram(scores, F.memory).div_(weight)
+        matrix = scores.gram().div_(weight)
         words = "the Gram matrix, formed once"
-        return Side(words, rows, F.n_params, matrix.__matmul__, matrix, 0, *facts, lambda v: kept(scores.matmat(v)))
+        return Side(words, rows, F.n_params, by_rows(matrix), matrix, 0, *facts, lambda v: kept(scores.matmat(v)))
 
     def product(z: Tensor) -> Tensor:
         if scores.kept is not None:
@@ -254,14 +258,3 @@ def _make(F: Fisher, view: Symmetric, name: str) -> Side:
 
     words = "products with the score rows"
     return Side(words, rows, F.n_params, product, None, 0, *facts, lambda v: kept(scores.matmat(v)))
-
-
-def _gram(scores: ScoreMatrix, memory: float) -> Tensor:
-    """U Uᵀ over the kept rows; the layers' own are kept for later only where all of them fit."""
-    size = scores.rows**2 * scores.dtype.itemsize
-    if (len(scores.layers) + 2) * size <= memory:
-        return scores.gram()
-    total = scores.layers[0].gram()
-    for layer in scores.layers[1:]:
-        total += layer.gram()
-    return total if scores.kept is None else total[scores.kept][:, scores.kept]

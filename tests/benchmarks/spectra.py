@@ -272,7 +272,7 @@ def large_density(stage: Stage, peer: Callable[[Task], Any], label: str, probes:
         note = f"from {product.count} of {wanted} products, without the recurrence" if share > 1 else ""
         return {"products": wanted, "scale": share, "note": note}
 
-    stage.run("density, large", "fisherlens", ours)
+    stage.run("density, large", "fisherlens", ours, rounds=3)
     stage.run("density, large", f"{label}, {probes} × {steps}", theirs)
 
 
