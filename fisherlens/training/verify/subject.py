@@ -55,7 +55,7 @@ class Budget:
     rates: int
 
 
-BUDGETS = {"quick": Budget(128, 100, 40, 60, 5), "full": Budget(256, 400, 100, 300, 9)}
+BUDGETS = {"quick": Budget(128, 100, 24, 60, 5), "full": Budget(256, 400, 100, 300, 9)}
 _MOST_ROWS = {"quick": 2500, "full": 5000}  # of the score matrix, whose Gram matrix is decomposed
 _OF_PARAMETERS = (
     "model",

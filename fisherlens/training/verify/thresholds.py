@@ -68,24 +68,26 @@ def grows(rate: float, gradient: Map, precondition: Map, start: Tensor, steps: i
 
 
 def bisect(unstable: Callable[[float], bool], guess: float, precision: float) -> float:
-    """The rate above which ``unstable`` is true, to a relative precision; infinity or 0 where 60 doublings or halvings find none."""
+    """The rate above which ``unstable`` is true, to a relative precision.
+
+    The bracket starts at the guess and grows by factors of 1.15, 1.15², … up to 2. Infinity or 0 where 60 of them find no end of it.
+    """
     low = high = guess
-    if unstable(guess):
-        for _ in range(_DOUBLINGS):
-            low /= 2
-            if not unstable(low):
-                break
-            high = low
-        else:
-            return 0.0
-    else:
-        for _ in range(_DOUBLINGS):
-            high *= 2
+    rising, factor = not unstable(guess), 1.15
+    for _ in range(_DOUBLINGS):
+        if rising:
+            high *= factor
             if unstable(high):
                 break
             low = high
         else:
-            return math.inf
+            low /= factor
+            if not unstable(low):
+                break
+            high = low
+        factor = min(factor**2, 2.0)
+    else:
+        return math.inf if rising else 0.0
     while high > low * (1 + precision):
         middle = math.sqrt(low * high)
         low, high = (low, middle) if unstable(middle) else (middle, high)
@@ -126,5 +128,5 @@ def largest_stable_rate(
     update = precondition(gradient(delta))
     if not float(delta @ update) > 0:
         return math.inf  # nothing to overshoot
-    guess = 1.5 * length / float(torch.linalg.vector_norm(update))
+    guess = 1.9 * length / float(torch.linalg.vector_norm(update))
     return bisect(lambda rate: grows(rate, gradient, precondition, delta, steps), guess, precision)
