@@ -268,7 +268,11 @@ def test_threads_and_versions_are_part_of_a_comparison(tmp_path, monkeypatch):
         small(tmp_path)
     monkeypatch.undo()
     monkeypatch.setattr("fisherlens.training.resume.__version__", "99")
-    with pytest.raises(InputError, match=r'fisherlens version was "[^"]+" and is "99"'):
+    with pytest.raises(InputError, match=r'fisherlens version was "[^"]+" and is "99"\. Repeat'):
+        small(tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr("fisherlens.training.resume._code_of_package", lambda: "other")
+    with pytest.raises(InputError, match=r"joined: the files of fisherlens differ\. Repeat"):
         small(tmp_path)
 
 

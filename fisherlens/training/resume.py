@@ -27,6 +27,14 @@ _SETTINGS, _LOCK = "comparison.json", "lock"
 _FACTS = ("optimizer", "seed", "options", "steps_taken", "diverged", "ended_by")
 _MOST = 4  # differences that an error lists
 _DIGITS = 16
+_NOT_RUN = (
+    "plots/",
+    "report/",
+    "cli.py",
+    "training/verify/",
+    "training/monitor/",
+    "training/adapters/",
+)  # what training does not depend on
 _OTHER = (
     "{path} holds runs of another comparison, with which these cannot be joined: {differences}. Repeat the call with the settings of before, "
     "or give resume= another folder."
@@ -164,6 +172,7 @@ def facts_of(problem: Problem, model: nn.Module, optimizers: Mapping[str, Any], 
     """Return all that runs depend on; ``model`` is the network of the first seed, ``optimizers`` label → facts."""
     return {
         "fisherlens version": __version__,
+        "files of fisherlens digest": _code_of_package(),
         "torch version": torch.__version__,
         "problem": problem.name,
         "likelihood": _object_facts(problem.likelihood),
@@ -201,6 +210,18 @@ def digest(tensors: Sequence[Tensor]) -> str:
             found.update(dumps(tensor))
         except NotStorableError:
             found.update(repr(tensor).encode())
+    return found.hexdigest()[:_DIGITS]
+
+
+@functools.cache
+def _code_of_package() -> str:
+    """The sha256 of the files of this package that runs depend on: a development copy changes without a new version."""
+    root = Path(__file__).resolve().parents[1]
+    found = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if not name.startswith(_NOT_RUN):
+            found.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return found.hexdigest()[:_DIGITS]
 
 

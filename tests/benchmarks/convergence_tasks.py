@@ -109,7 +109,7 @@ TASKS: dict[str, Task] = {
         "mnist-lenet",
         _COMMON,
         {
-            "quick": Size(1280, 500, 16, 256, num_eval=250, rates=3),
+            "quick": Size(640, 500, 16, 128, num_eval=200, rates=3),
             "cpu": Size(10_240, 2000, 40, 1024, num_eval=500),
             "full": Size(None, None, 1180, 1024, num_eval=2000),
         },
