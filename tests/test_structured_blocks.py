@@ -16,6 +16,7 @@ from fisherlens.approximations import shelf as shelf_module
 from fisherlens.approximations.shelf import Shelf, large_moments
 from fisherlens.approximations.structured import InputBlocks, UnitBlocks
 from fisherlens.errors import NonFiniteError
+from fisherlens.independence.leads import Leads, Trail
 from fisherlens.linalg.pencil import MASS, PRECONDITION, PRODUCT, Settling, lanczos_run, preconditioned_run, serve
 
 LAMBDA = 0.01
@@ -311,3 +312,58 @@ def test_zero_scores_by_layers_lose_nothing(monkeypatch):
         model, (torch.ones(5, 12, dtype=torch.float64), torch.zeros(5, dtype=torch.long)), likelihood="categorical"
     )
     assert np.allclose(fl.independence(F, ["layer", "mbf"])["condition_number"], 1, rtol=1e-12)
+
+
+def test_what_layers_hand_on_and_what_a_budget_ends():
+    layout = case("mlp_tanh").fisher().layout
+    first, second = layout.layers[:2]
+    x, y = (torch.ones(layer.size, dtype=torch.float64) for layer in (first, second))
+    leads, key = Leads(1e9), ("unit", 0.1)
+    leads.note_low(key, first.name, 4.0, x)
+    leads.note_high(key, torch.tensor([3.0, 4.0]))
+    assert leads.low(key, layout) is None  # of one layer alone: the whole has a better start
+    assert leads.high(key) is None
+    leads.note_low(key, second.name, 2.0, y)
+    leads.note_high(key, torch.tensor([-6.0, -8.0]))
+    low = leads.low(key, layout)
+    assert torch.equal(low[first.start : first.stop], x)
+    assert torch.equal(low[second.start : second.stop], y / 4)
+    assert not low[second.stop :].any()
+    assert torch.allclose(leads.high(key), torch.tensor([0.6, 0.8]))  # signs are made to agree
+    assert leads.high(("unit", 0.2)) is None
+    poor = Leads(8 * first.size)
+    poor.note_low(key, first.name, 4.0, x)
+    poor.note_low(key, second.name, 2.0, y)
+    assert poor.low(key, layout) is None
+    trail = Trail(2, 8 * 3 * len(x))
+    for which in (0, 1, 0):
+        trail.add(which, x)
+    assert torch.allclose(trail.vector(0, [2.0, -0.5]), 1.5 * x)
+    assert trail.vector(1, [1.0, 1.0]) is None  # fewer were asked for than have weights
+    trail.add(1, x)  # one too many: all is given back
+    assert trail.vector(1, [1.0]) is None
+
+
+def test_the_whole_begins_where_its_layers_ended(monkeypatch):
+    """The start for the smallest μ of the whole is not far from the vector it looks for, and both values are those of dense matrices."""
+    for module in ("conditioning", "segmentations"):
+        monkeypatch.setattr(sys.modules[f"fisherlens.independence.{module}"], "DENSE_ORDER", 20)
+    handed = []
+
+    class Spy(Leads):
+        def low(self, key, layout):
+            handed.append(super().low(key, layout))
+            return handed[-1]
+
+    monkeypatch.setattr(sys.modules["fisherlens.independence.table"], "Leads", Spy)
+    F = wide(True)
+    exact = F.dense()
+    cut = reference.block_diagonal(exact, list(fl.partition(F, "unit").blocks))
+    found = fl.independence(F, ["unit"], damping=LAMBDA, tol=1e-6).isel(partition=0)
+    mu = reference.preconditioned_spectrum(exact, cut, LAMBDA)
+    assert found["mu_min"].sel(layer="all").item() == pytest.approx(mu[-1].item(), rel=1e-6)
+    assert found["mu_max"].sel(layer="all").item() == pytest.approx(mu[0].item(), rel=1e-6)
+    (x,) = handed
+    quotient = (x @ cut @ x + LAMBDA * x @ x) / (x @ exact @ x + LAMBDA * x @ x)
+    assert quotient > 0.4 / mu[-1]
+    assert quotient <= (1 + 1e-9) / mu[-1]

@@ -11,11 +11,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fisherlens.independence.by_layers import has_room, layer_extremes
+from fisherlens.independence.leads import Trail, unit
 from fisherlens.independence.options import run_options
 from fisherlens.independence.standin import StandIn
 from fisherlens.independence.target import Target
@@ -96,7 +96,7 @@ def _by_lanczos(target: Target, stand_ins: Sequence[StandIn], damping: float) ->
         if target.exact:
             (high,), (inverse,) = found[k], found[k + len(stand_ins)]
             low = Extreme(1 / inverse.value, inverse.error, inverse.steps, inverse.converged)
-            answers.lead(k, high)
+            answers.lead(k, high, inverse)
         else:
             low, high = found[k]
         out.append(_told(low, high, target, stand_in))
@@ -121,16 +121,17 @@ def _starts(target: Target, stand_ins: Sequence[StandIn], damping: float) -> tup
     """Start vectors for μ_max, in the row space of F, and for μ_min, where F̂ is large; a random part makes both complete."""
     F = target.F
     probes = Probes(F.n_params, F.dtype, F.device, target.options.seed)
-    random = _unit(probes.gaussian(1)[:, 0])
+    random = unit(probes.gaussian(1)[:, 0])
     if F.plan.streamed or F.plan.linearised:
-        forward = [_unit(F._product(random[:, None])[:, 0]) + _RANDOM * random] * len(stand_ins)
+        forward = [unit(F._product(random[:, None])[:, 0]) + _RANDOM * random] * len(stand_ins)
     else:
         forward = [x + _RANDOM * random for x in _spread(target, stand_ins, damping)]
     backward = []
     for stand_in in stand_ins if target.exact else ():
-        v = random
-        for _ in range(_PREPARED_LOW):
-            v = _unit(stand_in.product(v[:, None], damping)[:, 0])
+        known = None if is_layer(target) else target.leads.low((stand_in.name, damping), F.layout)
+        v, steps = (random, _PREPARED_LOW) if known is None else (known, 1)
+        for _ in range(steps):
+            v = unit(stand_in.product(v[:, None], damping)[:, 0])
         backward.append(v + _RANDOM * random)
     return forward, backward
 
@@ -138,30 +139,21 @@ def _starts(target: Target, stand_ins: Sequence[StandIn], damping: float) -> tup
 def _spread(target: Target, stand_ins: Sequence[StandIn], damping: float) -> list[Tensor]:
     """Uᵀy for each stand-in: y is the sum of what the layers before have found, or random where there were none."""
     F = target.F
-    y = _unit(Probes(F.scores.rows, F.dtype, F.device, target.options.seed + 1).gaussian(1)[:, 0])
+    y = unit(Probes(F.scores.rows, F.dtype, F.device, target.options.seed + 1).gaussian(1)[:, 0])
     if target.exact and not F.solver.dense_side:
         for _ in range(_PREPARED_HIGH):
-            y = _unit(sum(F.scores.layer_gram(layer.name) @ y for layer in F.layout.layers))
-    known = [target.leads.get((stand_in.name, damping), []) for stand_in in stand_ins]
-    # a single layer is no better start than what its own Gram matrix says: leads are those of several
-    different = {k: _together(leads) for k, leads in enumerate(known) if len(leads) > 1 and len(F.layout.layers) > 1}
+            y = unit(sum(F.scores.layer_gram(layer.name) @ y for layer in F.layout.layers))
+    known = [None if is_layer(target) else target.leads.high((stand_in.name, damping)) for stand_in in stand_ins]
+    different = {k: lead for k, lead in enumerate(known) if lead is not None}
     spread = F.scores.rmatmat(torch.stack([y, *different.values()]).T).T
-    own = {k: _unit(x) for k, x in zip(different, spread[1:], strict=True)}
-    common = _unit(spread[0])
+    own = {k: unit(x) for k, x in zip(different, spread[1:], strict=True)}
+    common = unit(spread[0])
     return [own.get(k, common) for k in range(len(stand_ins))]
 
 
-def _together(leads: Sequence[Tensor]) -> Tensor:
-    """The sum of vectors of length 1, with signs that agree with the longest agreement so far."""
-    total = leads[0].clone()
-    for lead in leads[1:]:
-        total += lead if total @ lead >= 0 else -lead
-    return _unit(total)
-
-
-def _unit(v: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(v)
-    return v / norm if norm > 0 else v
+def is_layer(target: Target) -> bool:
+    """Whether leads come from this target rather than go to it."""
+    return len(target.F.layout.layers) == 1
 
 
 class _Answers:
@@ -169,7 +161,9 @@ class _Answers:
 
     def __init__(self, target: Target, stand_ins: Sequence[StandIn], damping: float):
         self.target, self.stand_ins, self.damping = target, stand_ins, damping
-        self._along: list[list[Tensor]] = [[] for _ in stand_ins]
+        small = target.F.scores.rows < target.F.n_params
+        self._along = Trail(len(stand_ins), target.F.memory / 8) if is_layer(target) and small else None
+        self._asked = Trail(len(stand_ins), target.F.memory / 8) if is_layer(target) else None
 
     def __call__(self, questions: list[Question]) -> list[Tensor | None]:
         count = len(self.stand_ins)
@@ -184,15 +178,17 @@ class _Answers:
         solves = [v for _, kind, v in questions if kind == SOLVE]
         both = torch.stack([*products, *solves]).T  # each vector contiguous
         images, solutions, along = self.target.products_and_solves(both, len(products), self.damping)
-        if along is not None:
+        if along is not None and self._along is not None:
             asked = (k for k, kind, _ in questions if kind == PRODUCT)
             for k, z in zip(asked, along.T, strict=True):
-                self._along[k].append(z)
+                self._along.add(k, z)
         answers = {PRODUCT: iter(images.T), SOLVE: iter(solutions.T)}
         return [next(answers[kind]) for _, kind, _ in questions]
 
     def _ask(self, which: int, kind: str, v: Tensor) -> Tensor:
         stand_in = self.stand_ins[which]
+        if kind == PRODUCT and self._asked is not None:
+            self._asked.add(which, v)
         act = {
             SOLVE: stand_in.solve,
             PRODUCT: stand_in.product,
@@ -201,14 +197,14 @@ class _Answers:
         }[kind]
         return act(v[:, None], self.damping)[:, 0]
 
-    def lead(self, which: int, found: Extreme) -> None:
-        """Note U x of the vector that was found, of length 1, for the targets to come."""
-        along, weights = self._along[which], found.weights
-        if weights is None or len(along) < len(weights):
-            return
-        # vectors are asked for as long as they come: weights of the last ones may be tiny
-        z = torch.stack(along[: len(weights)]).double()
-        y = torch.from_numpy(np.ascontiguousarray(weights)).to(z.device) @ z
-        if torch.isfinite(y).all() and y.any():
-            lead = _unit(y).to(self.target.F.dtype)
-            self.target.leads.setdefault((self.stand_ins[which].name, self.damping), []).append(lead)
+    def lead(self, which: int, high: Extreme, inverse: Extreme) -> None:
+        """Note the vectors that a layer found, for the whole network."""
+        target, key = self.target, (self.stand_ins[which].name, self.damping)
+        if self._along is not None and high.weights is not None:
+            y = self._along.vector(which, high.weights)
+            if y is not None:
+                target.leads.note_high(key, y)
+        if self._asked is not None and inverse.weights is not None:
+            x = self._asked.vector(which, inverse.weights)
+            if x is not None:
+                target.leads.note_low(key, target.name, inverse.value, x)

@@ -13,6 +13,7 @@ from fisherlens._progress import progress
 from fisherlens.errors import ConvergenceWarning, NumericalWarning
 from fisherlens.fisher import Fisher
 from fisherlens.independence.judge import PER_DAMPING, judge
+from fisherlens.independence.leads import Leads
 from fisherlens.independence.options import Options
 from fisherlens.independence.standin import StandIn
 from fisherlens.independence.target import Target
@@ -21,7 +22,6 @@ from fisherlens.spectrum import WHOLE
 
 if TYPE_CHECKING:
     import xarray as xr
-    from torch import Tensor
 
 Words = Mapping[str, tuple[str, str]]
 _WHOLE_NUMBERS = ("num_blocks", "largest_block", "storage_bytes")
@@ -65,7 +65,7 @@ class Table:
         self.varying = {name: np.full((len(dampings), *shape), np.nan) for name in PER_DAMPING}
         self.notes: list[tuple[str, type[Warning]]] = []
         self.methods: dict[str, None] = {}
-        self._leads: dict[tuple[str, float], list[Tensor]] = {}
+        self._leads = Leads(F.memory / 8)
         self.done, self.interrupted = 0, False
 
     @property

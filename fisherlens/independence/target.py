@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fisherlens.errors import MemoryBudgetError, readable_bytes
 from fisherlens.fisher import DIRECT_LIMIT, Fisher
+from fisherlens.independence.leads import Leads
 from fisherlens.independence.options import DEFLATE, Options
 from fisherlens.spectrum.functions import log_of
 from fisherlens.spectrum.moments import Functions, Sampled, integrate, sample
@@ -69,7 +70,7 @@ class Target:
     exact
         Whether the smaller of F and its Gram matrix is factored; else solves are iterative and determinants estimated.
     leads
-        Stand-in and damping → U x of the largest μ of each target before, as a start for this one.
+        What layers found, as a start for the whole network.
     """
 
     def __init__(self, F: Fisher, name: str, options: Options, diagonal: Tensor):
@@ -77,7 +78,7 @@ class Target:
         self.exact = options.method != "estimate" and self._factors()
         self.gradient = F.gradient()
         self._step: Step | None = None
-        self.leads: dict[tuple[str, float], list[Tensor]] = {}
+        self.leads = Leads(F.memory / 8)
 
     def _factors(self) -> bool:
         F = self.F

@@ -1,0 +1,96 @@
+"""What the layers found, as a start for the whole network: Lanczos then needs fewer steps there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fisherlens.layout import Layout
+
+Key = tuple[str, float]
+
+
+class Leads:
+    """Vectors at the ends of the spectrum, by stand-in and damping; nothing more is noted once the budget is spent.
+
+    Parameters
+    ----------
+    budget
+        Bytes that the vectors may take.
+    """
+
+    def __init__(self, budget: float):
+        self._room = budget
+        self._high: dict[Key, list[Tensor]] = {}
+        self._low: dict[Key, dict[str, tuple[float, Tensor]]] = {}
+
+    def _takes(self, x: Tensor) -> bool:
+        self._room -= x.numel() * x.itemsize
+        return self._room >= 0 and bool(torch.isfinite(x).all())
+
+    def note_high(self, key: Key, y: Tensor) -> None:
+        """U x of the x with the largest μ in a layer, ``(rows,)``."""
+        if y.any() and self._takes(y):
+            self._high.setdefault(key, []).append(unit(y))
+
+    def note_low(self, key: Key, layer: str, inverse: float, x: Tensor) -> None:
+        """The x with the smallest μ in a layer, ``(p,)``, of length 1 in F + λ, and 1/μ."""
+        if inverse > 0 and self._takes(x):
+            self._low.setdefault(key, {})[layer] = (inverse, x)
+
+    def high(self, key: Key) -> Tensor | None:
+        """The sum of what the layers found, with signs that agree; None unless there are several."""
+        found = self._high.get(key, [])
+        if len(found) < 2:
+            return None
+        total = found[0].clone()
+        for y in found[1:]:
+            total += y if total @ y >= 0 else -y
+        return unit(total)
+
+    def low(self, key: Key, layout: Layout) -> Tensor | None:
+        """What the layers found side by side, ``(P,)``, those with small μ before all; None unless there are several."""
+        found = self._low.get(key, {})
+        if len(found) < 2:
+            return None
+        most = max(inverse for inverse, _ in found.values())
+        some = next(iter(found.values()))[1]
+        out = torch.zeros(layout.n_params, dtype=some.dtype, device=some.device)
+        for name, (inverse, x) in found.items():
+            layer = layout.layer(name)
+            out[layer.start : layer.stop] = x * (inverse / most) ** 2
+        return out
+
+
+class Trail:
+    """Vectors that runs ask about, kept as long as a budget allows, to put a Ritz vector together in the end."""
+
+    def __init__(self, count: int, budget: float):
+        self._room = budget
+        self._asked: list[list[Tensor]] = [[] for _ in range(count)]
+
+    def add(self, which: int, v: Tensor) -> None:
+        """Note the next vector of a run."""
+        self._room -= v.numel() * v.itemsize
+        if self._room >= 0:
+            self._asked[which].append(v.clone())
+        else:
+            self._asked = [[] for _ in self._asked]
+
+    def vector(self, which: int, weights: Sequence[float]) -> Tensor | None:
+        """Their sum with these weights, where all were kept; the run's vectors are given back."""
+        asked, self._asked[which] = self._asked[which], []
+        if not len(weights) or len(asked) < len(weights):
+            return None
+        total = torch.zeros_like(asked[0])
+        for weight, v in zip(weights, asked, strict=False):
+            total.add_(v, alpha=float(weight))
+        return total
+
+
+def unit(v: Tensor) -> Tensor:
+    """The vector with length 1, or zero."""
+    norm = torch.linalg.vector_norm(v)
+    return v / norm if norm > 0 else v
