@@ -196,7 +196,15 @@ def _rows(joined: xr.Dataset) -> str:
         unit = "" if str(one.unit.values) == "1" else f" {one.unit.values}"
         numbers = [_with_error(one, key) + unit for key in ("predicted", "measured")]
         said = rule(str(one.relation.values), float(one.tolerance))
-        rows.append([f"`{name}`", *numbers, said, word if word == HOLDS else f"**{word}**", str(one.note.values)])
+        rows.append(
+            [
+                f"`{name}`",
+                *numbers,
+                said,
+                word if word == HOLDS else f"**{word}**",
+                str(one.note.values).replace("|", "\\|"),
+            ]
+        )
     return _table(["claim", "predicted", "measured", "rule", "", "note"], rows)
 
 

@@ -148,19 +148,39 @@ def _strokes(ax: Axes, places: np.ndarray, dataset: xr.Dataset, relations: np.nd
 
 
 def _numbers(ax: Axes, places: np.ndarray, dataset: xr.Dataset) -> None:
-    """Predicted and measured with their units, in columns at the right."""
+    """Predicted and measured with their units, in columns at the right, at distances in points that no width of the Axes changes."""
     units = dataset["unit"].values if "unit" in dataset else np.array(["1"] * len(places))
-    style = {"fontsize": common.NOTE_SIZE, "color": common.INK, "transform": ax.get_yaxis_transform(), "va": "center"}
-    for x, name in ((1.02, "predicted"), (1.19, "measured")):
-        ax.text(x, -0.85, name, weight="bold", **style)
-        for place, value, unit in zip(places, dataset[name].values, units, strict=True):
-            ax.text(x, place, _short(float(value)) + ("" if str(unit) == "1" else f" {unit}"), **style)
+    columns = {
+        name: [
+            _short(float(value)) + ("" if str(unit) == "1" else f" {unit}")
+            for value, unit in zip(dataset[name].values, units, strict=True)
+        ]
+        for name in ("predicted", "measured")
+    }
+    start = 10.0
+    for name, words in columns.items():
+        entries = [(-0.85, name, "bold"), *((place, word, "normal") for place, word in zip(places, words, strict=True))]
+        for place, word, weight in entries:
+            ax.annotate(
+                word,
+                (1.0, place),
+                xycoords=ax.get_yaxis_transform(),
+                xytext=(start, 0.0),
+                textcoords="offset points",
+                annotation_clip=False,
+                fontsize=common.NOTE_SIZE,
+                color=common.INK,
+                weight=weight,
+                va="center",
+            )
+        start += 0.62 * common.NOTE_SIZE * max(len(word) for _, word, _ in entries) + 10.0
 
 
 def _short(value: float) -> str:
     if not np.isfinite(value):
         return "–" if np.isnan(value) else "never" if value > 0 else "−∞"
-    return f"{value:.3g}".replace("-", "−")
+    lead, _, power = f"{value:.3g}".partition("e")
+    return (f"{lead}e{int(power)}" if power else lead).replace("-", "−")
 
 
 def _frame(ax: Axes, names: list[str], states: np.ndarray) -> None:
@@ -170,6 +190,8 @@ def _frame(ax: Axes, names: list[str], states: np.ndarray) -> None:
     ax.set_xticks(_TICKS, ["−100 %", "−10 %", "−1 %", "0", "1 %", "10 %", "100 %"])
     ax.minorticks_off()
     ax.set_xlabel("measured beside predicted, relative difference")
-    common.name_ticks(ax, "y", list(range(len(names))), names)
+    size = float(np.clip(common.span(ax, "y") * 72 / (1.25 * (len(names) + 1)), 5.0, common.TICK_SIZE))
+    ax.set_yticks(range(len(names)), common.shorten(names, 40), fontsize=size)
+    ax.tick_params(axis="y", length=0)
     for text, state in zip(ax.get_yticklabels(), states, strict=False):
         text.set_fontweight("normal" if state == "holds" else "bold")

@@ -268,6 +268,8 @@ def _row(
 ) -> Row:
     per_seed = tuple((float(p), float(m)) for p, m in pairs)
     low, high = bounds(agreement)
+    if relation == "order":
+        low, high = max(low, -1.0), min(high, 1.0)  # no correlation lies beyond; NaN stays
     known = sum(not math.isnan(value) for value in agreement)
     holds = inside[0] <= low and high <= inside[1]
     decided = holds or high < inside[0] or low > inside[1]
