@@ -34,6 +34,21 @@ def self_gram(rows: Tensor, tile: int = 256) -> Tensor:
     return out
 
 
+def add_self_gram(out: Tensor, rows: Tensor, tile: int = 512) -> None:
+    """Add X Xᵀ to the lower triangle of ``out``, in place; what stands above the tiles of the diagonal is left for :func:`mirror`."""
+    for i in range(0, len(rows), tile):
+        out[i : i + tile, : i + tile].addmm_(rows[i : i + tile], rows[: i + tile].T)
+
+
+def mirror(out: Tensor, tile: int = 64) -> Tensor:
+    """Copy the lower triangle of a square matrix onto the upper one, in place."""
+    for i in range(0, len(out), tile):
+        corner = out[i : i + tile, i : i + tile]
+        corner.copy_(corner.tril() + corner.tril(-1).T)
+        out[:i, i : i + tile] = out[i : i + tile, :i].T
+    return out
+
+
 def _symmetric(matrix: Tensor, what: str) -> Tensor:
     require_finite(matrix, what)
     matrix = matrix.double() if matrix.device.type != "mps" else matrix.cpu().double()

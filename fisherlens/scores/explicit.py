@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fisherlens.layout import LayerInfo
-from fisherlens.linalg.dense import self_gram
+from fisherlens.linalg.dense import add_self_gram
 from fisherlens.scores.base import LayerScores
 
 _ROWS = 64
@@ -56,11 +56,9 @@ class ExplicitScores(LayerScores):
             else:
                 torch.mm(z.T, piece, out=out[:, at])
 
-    def gram(self) -> Tensor:
-        out = self_gram(self.pieces[0])
-        for piece in self.pieces[1:]:
-            out += self_gram(piece)
-        return out
+    def add_gram(self, out: Tensor) -> None:
+        for piece in self.pieces:
+            add_self_gram(out, piece)
 
     def _diagonal(self) -> Tensor:
         # by a few rows at a time, whose squares stay in the caches: eight times faster than norms of columns
@@ -111,8 +109,8 @@ class ZeroScores(LayerScores):
     def _rmatmat(self, z: Tensor, out: Tensor) -> None:
         out.zero_()
 
-    def gram(self) -> Tensor:
-        return self._zeros(self.rows, self.rows)
+    def add_gram(self, out: Tensor) -> None:
+        pass
 
     def _diagonal(self) -> Tensor:
         return self._zeros(self.size)
