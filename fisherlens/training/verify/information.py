@@ -86,20 +86,23 @@ def information(subjects: Sequence[Subject], *, by: str = "unit") -> Claim:
             0.3,
             note=f"factor between the two, geometric mean of {tried}",
         ),
-        order(
-            "information/rank",
-            "Units rank by ½ θ_bᵀF_bbθ_b as by the divergence that their removal causes.",
-            [(one.predicted[one.tried], one.divergence[:, whole]) for one in found],
-            RANKED,
-        ),
-        order(
-            "information/loss",
-            "Units rank by -gᵀθ_b + ½ θ_bᵀF_bbθ_b as by the change of the loss that their removal causes.",
-            [(one.loss_predicted, one.loss_change) for one in found],
-            RANKED,
-            note=_gradient_share(found),
-        ),
     ]
+    if len(found[0].tried) >= 3:  # two have no order that could be told from chance
+        rows += [
+            order(
+                "information/rank",
+                "Units rank by ½ θ_bᵀF_bbθ_b as by the divergence that their removal causes.",
+                [(one.predicted[one.tried], one.divergence[:, whole]) for one in found],
+                RANKED,
+            ),
+            order(
+                "information/loss",
+                "Units rank by -gᵀθ_b + ½ θ_bᵀF_bbθ_b as by the change of the loss that their removal causes.",
+                [(one.loss_predicted, one.loss_change) for one in found],
+                RANKED,
+                note=_gradient_share(found),
+            ),
+        ]
     areas = [one.pruned.mean(axis=1) for one in found]  # the shares removed are evenly spaced
     for place, rival in enumerate(RANKINGS[1:], start=1):
         rows.append(
