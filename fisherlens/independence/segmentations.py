@@ -68,7 +68,7 @@ def independence(
     num_probes, num_matvecs, seed
         Of estimates: random probes, Lanczos steps of each, and the seed of their generator.
     tol
-        Relative accuracy of condition numbers above an order of 256. Default 1 %.
+        Relative accuracy of condition numbers above an order of 256, as estimated from the last Lanczos steps of each end. Default 1 %.
     progress_bar
         Show progress; None for "if standard error is a terminal".
 
@@ -99,8 +99,10 @@ def independence(
     Notes
     -----
     Formulae: Gaussian KL and Stein loss; Concus and Golub for μ. Cost: one Gram matrix per layer, one Cholesky factor per λ and layer, the
-    blocks of each partition, and about 15 products for each end of M, which all partitions share in blocks. Estimates: ‖F‖² and log det
-    by one deflated Lanczos quadrature per layer, p by conjugate gradients, both ends of M by Lanczos.
+    blocks of each partition (those that several have in common once), and about 8 products for each end of M in a layer and half as many in
+    the whole network, which all partitions share in blocks. The blocks of a dense layer's inputs are factored one after another and not
+    kept, so that μ_max comes from products with them (LOBPCG); whole layers are treated among their Gram matrices alone. Estimates: ‖F‖²
+    and log det by one deflated Lanczos quadrature per layer, p by conjugate gradients, both ends of M by Lanczos.
 
     Examples
     --------
