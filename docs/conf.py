@@ -100,6 +100,8 @@ nitpick_ignore_regex = [
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
 nb_execution_mode = "force"
+# where something else runs the notebooks, only the pages with code cells are left to run here
+nb_execution_excludepatterns = ["notebooks/*"] if os.environ.get("FISHERLENS_DOCS_NOTEBOOKS") == "as-stored" else []
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 nb_execution_timeout = 600  # of one cell; generous, as a busy machine can be ten times slower than an idle one

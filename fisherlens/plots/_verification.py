@@ -29,7 +29,7 @@ def verification(
 ) -> Axes:
     """Draw one row per claim: the agreement of measured with predicted, and the range in which the claim holds.
 
-    The horizontal axis is what decides a claim: (measured − predicted)/max(|measured|, |predicted|), which is 0 where both are equal
+    The horizontal axis is what decides a claim: (measured − predicted) over the larger of the two sizes, which is 0 where both are equal
     and ±1 where one is nothing beside the other; for an order of things it is the rank correlation less 1. A claim that holds is a
     filled circle, one that fails a cross, one that the seeds leave undecided an open diamond.
 
