@@ -55,9 +55,19 @@ def layer_scores(
         return DenseScores(layer, torch.cat(a, dim=1), torch.cat(g, dim=2))
     total: list[Tensor] = []
     for call, x, score in zip(calls, inputs, scores, strict=True):
-        rows = parameter_rows(layer, replace(call.use, inputs=x), score[:, None].contiguous(), workspace=workspace)
+        out = _row_buffers(layer, n, dtype, x.device, workspace)
+        rows = parameter_rows(layer, replace(call.use, inputs=x), score[:, None].contiguous(), out, workspace)
         total = [a + b for a, b in zip(total, rows, strict=True)] if total else rows
     return ExplicitScores(layer, [piece.reshape(n, -1) for piece in total], 1)
+
+
+def _row_buffers(
+    layer: LayerInfo, n: int, dtype: torch.dtype, device: torch.device, workspace: Workspace | None
+) -> tuple[Tensor | None, ...]:
+    """Where a convolution's rows of its weight may go: memory that was used before."""
+    if workspace is None or layer.weight is None:
+        return (None, None)
+    return workspace.empty((n, 1, layer.weight.numel), dtype, device), None
 
 
 def bytes_per_example(layer: LayerInfo, calls: Sequence[Call], dtype: torch.dtype) -> int:
@@ -122,7 +132,7 @@ class BlockMoments:
         budget: int = ROWS_BYTES,
     ):
         self.budget = budget
-        self._workspace = Workspace(limit=budget)
+        self._workspace = Workspace(limit=2 * budget)
         self._shapes = [(*group.index.shape, group.size) for group in groups]
         self._work: list[_Work] = []
         for name in dict.fromkeys(group.layer for group in groups):
@@ -157,7 +167,10 @@ class BlockMoments:
                     else ZeroScores(layer, at.stop - at.start, 1, like.dtype, like.device)
                     for layer in work.layers
                 ]
-                for piece, found in zip(work.pieces, _moments(scores, work.pieces), strict=True):
+                totals = [out[piece.place] if piece.rows is None else None for piece in work.pieces]
+                for piece, found in zip(work.pieces, _moments(scores, work.pieces, totals), strict=True):
+                    if found is out[piece.place]:
+                        continue  # added in place
                     if out[piece.place] is None and piece.rows is None:
                         out[piece.place] = found
                         continue
@@ -190,14 +203,16 @@ def run_start(index: Tensor) -> int | None:
     return start if torch.equal(flat, torch.arange(start, start + len(flat))) else None
 
 
-def _moments(scores: list[LayerScores], pieces: list[_Piece]) -> list[Tensor]:
+def _moments(scores: list[LayerScores], pieces: list[_Piece], totals: list[Tensor | None]) -> list[Tensor]:
+    """Moments of these scores; where ``totals`` allow it, added there and that total itself."""
     if len(scores) > 1:  # blocks across layers need the columns of all of them, which is all that moments asks for
         matrix = ScoreMatrix(scores)
         return [column_moments(matrix, piece.index) for piece in pieces]
     (layer,) = scores
     diagonal = layer.diagonal() if any(piece.index.shape[1] == 1 for piece in pieces) else None
     return [
-        _entries(diagonal, piece) if piece.index.shape[1] == 1 else _layer_moments(layer, piece) for piece in pieces
+        _entries(diagonal, piece) if piece.index.shape[1] == 1 else _layer_moments(layer, piece, total)
+        for piece, total in zip(pieces, totals, strict=True)
     ]
 
 
@@ -206,7 +221,7 @@ def _entries(diagonal: Tensor, piece: _Piece) -> Tensor:
     return (diagonal[flat] if piece.run is None else diagonal[piece.run : piece.run + len(flat)])[:, None, None]
 
 
-def _layer_moments(scores: LayerScores, piece: _Piece) -> Tensor:
+def _layer_moments(scores: LayerScores, piece: _Piece, total: Tensor | None) -> Tensor:
     """Moments of blocks in one layer; neighbouring kernels, segments and biases, the usual case, without any gather."""
     size, start, count = piece.index.shape[1], piece.run, piece.index.numel()
     rows = found = None
@@ -221,7 +236,7 @@ def _layer_moments(scores: LayerScores, piece: _Piece) -> Tensor:
             found = _segment_moments(scores, start, count, size)
     if rows is not None:
         blocks = rows.unflatten(1, (-1, size)).transpose(0, 1)  # (B, n, s)
-        return torch.bmm(blocks.mT, blocks)
+        return torch.bmm(blocks.mT, blocks) if total is None else total.baddbmm_(blocks.mT, blocks)
     return scores.moments(piece.index) if found is None else found
 
 

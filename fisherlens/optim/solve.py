@@ -10,6 +10,9 @@ from torch import Tensor
 from fisherlens.scores.base import CHUNK_BYTES
 
 RETRIES = 6  # with 10, 100, ..., 10^6 times the damping; the number is our choice
+SOLVED_BYTES = (
+    4 * 2**20
+)  # of blocks at a time on a CPU: they stay in its cache, in memory that was used before (our choice)
 
 
 class BlockSolution(NamedTuple):
@@ -39,7 +42,8 @@ def solve_blocks(matrices: Tensor, damping: float, vectors: Tensor) -> BlockSolu
     if matrices.shape[-1] == 1:
         none = torch.zeros(0, dtype=torch.int64)
         return BlockSolution(vectors / (matrices[:, 0] + damping), 0, none, vectors.new_full((len(vectors),), damping))
-    step = max(1, CHUNK_BYTES // (16 * matrices[0].numel()))
+    at_once = min(SOLVED_BYTES, CHUNK_BYTES) if matrices.device.type == "cpu" else CHUNK_BYTES
+    step = max(1, at_once // (16 * matrices[0].numel()))
     parts = [_attempt(m, damping, v) for m, v in zip(matrices.split(step), vectors.split(step), strict=True)]
     out, solved = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
     todo = (~solved).nonzero()[:, 0]
