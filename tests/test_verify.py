@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
+from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -507,3 +510,35 @@ def test_section_of_the_report_says_what_failed(truth):
     )
     assert "FAILS" in "".join(found.body)
     assert section(None).headline == "The claims of the analysis were not checked."
+
+
+# --- the page of findings ----------------------------------------------------------------------------------------------
+
+
+def test_page_of_findings_is_written_from_files_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    path = Path(__file__).resolve().parents[1] / "docs" / "findings" / "verification.py"
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    spec = importlib.util.spec_from_file_location("findings_verification", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "PROBLEMS", {"linear-gaussian": "straight line", "fashion-mlp": "other"})
+    monkeypatch.delenv("FISHERLENS_DATA", raising=False)
+    given = ["--claims", "metric", "one_step", "--seeds", "2", "--out", str(tmp_path)]
+    module.main(given)
+    page = (tmp_path / "verification.md").read_text(encoding="utf-8")
+    assert "- **straight line**: 14 of 14 claims hold." in page
+    assert "**not yet run**: `python docs/findings/verification.py --problems fashion-mlp`" in page
+    assert "fashion-mlp: left out." in capsys.readouterr().out
+    for name in ("verification-linear-gaussian.png", "verification-linear-gaussian-metric.png"):
+        assert f"]({name})" in page
+        assert (tmp_path / name).exists()
+    found = fl.load(tmp_path / "data" / "verification" / "linear-gaussian-metric.nc")
+    assert f"{float(found.measured.sel(claim='metric/top')):.3g} nat" in page
+
+    def again(*arguments, **options):
+        raise AssertionError
+
+    monkeypatch.setattr(fl, "verify", again)
+    module.main(given)  # everything is there
+    with pytest.raises(AssertionError):
+        module.main([*given[:-2], "--full", "--out", str(tmp_path)])  # made with other settings
