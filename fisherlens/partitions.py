@@ -185,7 +185,20 @@ class Partition:
         """
         info = self.layout.layer(layer)
         code = self.layout.layer_names.index(info.name)
+        if (self._layer_codes >= 0).all():  # no block is cut
+            ids = np.flatnonzero(self._layer_codes == code)
+            if len(ids) and ids[-1] - ids[0] + 1 == len(ids):
+                return self._neighbours(int(ids[0]), int(ids[-1]) + 1)
         return self._pieces(np.flatnonzero(self._entry_codes == code))
+
+    def _neighbours(self, first: int, stop: int) -> Partition:
+        """Blocks that follow each other and are all those of a layer, without another look at their entries."""
+        starts, sizes = self._starts, self.sizes[first:stop].copy()
+        flat = self.flat[starts[first] : starts[first] + sizes.sum()]
+        part = Partition(self.scheme, self.layout, sizes, flat, self.options, lambda: list(self.labels[first:stop]))
+        groups = [g for g in self.groups if first <= g.block_ids[0] < stop]
+        part.__dict__["groups"] = [BlockGroup(g.layer, g.index, g.block_ids - first) for g in groups]
+        return part
 
     def within_layers(self) -> Partition:
         """Intersect every block with each layer, in layout order; a partition inside the layers comes back as it is."""

@@ -367,3 +367,18 @@ def test_the_whole_begins_where_its_layers_ended(monkeypatch):
     quotient = (x @ cut @ x + LAMBDA * x @ x) / (x @ exact @ x + LAMBDA * x @ x)
     assert quotient > 0.4 / mu[-1]
     assert quotient <= (1 + 1e-9) / mu[-1]
+
+
+@pytest.mark.parametrize("scheme", ["layer", "unit", "cw-ngd", "mbf", "diagonal"])
+def test_layers_of_a_partition_without_another_look_at_its_entries(scheme):
+    F = case("batchnorm_first").fisher()
+    whole = fl.partition(F, scheme)
+    for code, layer in enumerate(F.layout.layer_names):
+        part, slow = whole.restrict(layer), whole._pieces(np.flatnonzero(whole._entry_codes == code))
+        assert part.labels == slow.labels
+        assert torch.equal(part.flat, slow.flat)
+        assert len(part.groups) == len(slow.groups)
+        for own, other in zip(part.groups, slow.groups, strict=True):
+            assert own.layer == other.layer
+            assert torch.equal(own.index, other.index)
+            assert torch.equal(own.block_ids, other.block_ids)
