@@ -116,3 +116,18 @@ def test_runs_are_the_usual_ones_or_what_was_asked_for(entrants):
     assert ("vgg16", 1024) in runs("cuda")
     assert runs(networks=["conv6", "tiny"]) == [("conv6", 128), ("tiny", 16)]
     assert runs(batch=[32, 64])[:3] == [("lenet", 32), ("lenet", 64), ("conv6", 32)]
+
+
+def test_a_run_whose_time_is_over_begins_nothing(entrants, monkeypatch, capsys, tmp_path):
+    import optimizer_steps
+
+    figures = tmp_path / "figures.json"
+    options = ["--smoke", "--limit", "1e-9", "--json", figures, "--methods", "KFAC", "MBF"]
+    monkeypatch.setattr(sys, "argv", ["optimizer_steps.py", *map(str, options)])
+    monkeypatch.setattr(optimizer_steps, "full_float32", lambda: None)
+    optimizer_steps.main()
+    [run] = json.loads(figures.read_text())["runs"]
+    assert {found["note"] for found in run["methods"].values()} == {
+        "not begun, as the time of the run was over (--limit)"
+    }
+    assert "MBF: not begun, as the time of the run was over (--limit)." in capsys.readouterr().out

@@ -10,6 +10,7 @@ after every step, off the clock. Peak memory is taken in a fresh process per met
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 import warnings
@@ -38,6 +39,8 @@ from optimizer_tasks import NETWORKS, ON_CPU, ON_GPU, Task
 
 _STALE = 1.0  # seconds after which the unit is timed again, as in harness.py
 _LEAST = 3  # periods of a slow method
+_LIMIT = 540.0  # seconds of a run without arguments on a CPU, so that it ends within ten minutes
+_LATE = "not begun, as the time of the run was over (--limit)"
 
 
 class Runner:
@@ -114,6 +117,9 @@ def timed(names: list[str], task: Task, unit: Unit, options: Any) -> dict[str, d
     """Methods in the same rounds: the unit, then a short period of each."""
     runners, found = {}, {}
     for name in names:
+        if time.perf_counter() > options.deadline:
+            found[name] = {"note": _LATE}
+            continue
         try:
             runners[name] = Runner(name, task, options.longest)
         except Unavailable as reason:
@@ -122,7 +128,9 @@ def timed(names: list[str], task: Task, unit: Unit, options: Any) -> dict[str, d
             found[name] = {"note": f"{type(error).__name__}: {error}".splitlines()[0]}
     round_seconds = sum(runner.expected for runner in runners.values())
     allowed = options.budget * len(runners) / max(round_seconds, 1e-9)
-    for _ in range(min(options.rounds, max(_LEAST, int(allowed)))):
+    for k in range(min(options.rounds, max(_LEAST, int(allowed)))):
+        if k and time.perf_counter() > options.deadline:
+            break
         unit.renew()
         for runner in runners.values():
             runner.run(unit)
@@ -161,7 +169,7 @@ def peaks_of(network: str, batch: int, options: Any) -> dict[str, dict[str, Any]
 def measure(network: str, batch: int, options: Any) -> dict[str, Any]:
     """All figures of one network at one batch size."""
     task = Task(network, batch, torch.device(options.device))
-    peaks = peaks_of(network, batch, options) if options.peaks else {}
+    peaks = peaks_of(network, batch, options) if options.peaks and time.perf_counter() < options.deadline else {}
     unit = Unit(task)
     together = [name for name in TOGETHER if name in options.methods]
     groups = [together] if together else []
@@ -211,6 +219,11 @@ def parse() -> Any:
         "--timeout", type=float, default=120.0, help="seconds for the first steps of a method where peaks are taken"
     )
     parser.add_argument("--device", default="cpu", help="with cuda also VGG-16 and ResNet-18")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        help=f"seconds after which nothing new is begun; default {_LIMIT:g} for the usual run on a CPU",
+    )
     parser.add_argument("--no-peaks", dest="peaks", action="store_false", help="leave peak memory out")
     parser.add_argument("--smoke", action="store_true", help="one tiny network, few rounds: does it run?")
     parser.add_argument("--json", help="write all figures to this file")
@@ -221,6 +234,8 @@ def parse() -> Any:
     if options.smoke:
         options.networks, options.budget, options.rounds = ["tiny"], 0.2, 3
     options.runs = runs_of(options)
+    limit = _LIMIT if options.runs == list(ON_CPU) and options.limit is None else options.limit or math.inf
+    options.deadline = time.perf_counter() + limit
     return options
 
 
