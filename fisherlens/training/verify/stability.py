@@ -33,7 +33,7 @@ from fisherlens.training.verify.subject import Subject
 from fisherlens.training.verify.thresholds import Map, bisect, largest_stable_rate
 
 BLOCKS = ("layer", "unit")
-EXACT = 0.01  # of the quadratic model: a cluster at the top of the spectrum takes many steps to tell apart
+EXACT = 0.02  # of the quadratic model: what some dozen steps can tell apart in a cluster at the top of the spectrum
 NEAR = 0.1  # of the loss by F, and by H: our choices
 BY_HESSIAN = 0.02
 TRAINING = 0.25
