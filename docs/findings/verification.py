@@ -181,7 +181,9 @@ def _ran(results: dict[str, dict[str, xr.Dataset]]) -> str:
 
 def _with_error(one: xr.Dataset, name: str) -> str:
     error = float(one[f"{name}_sem"])
-    return f"{num(float(one[name]))} ± {num(error, 1)}" if error > 0 else num(float(one[name]))
+    return (
+        f"{num(float(one[name]))} ± {num(error, 1)}" if error > 1e-9 * abs(float(one[name])) else num(float(one[name]))
+    )
 
 
 def _rows(joined: xr.Dataset) -> str:
