@@ -148,7 +148,9 @@ TASKS: dict[str, Task] = {
             SGD: Entrant("SGD", 3e-3, {"momentum": 0.9}),
             ADAM: Entrant("Adam", 1e-3),
             CWNGD: Entrant("CWNGD", 1e-3, {"damping": 1e-4}),
-            MBF: Entrant("MBF", 1e-5, {"damping": 3e-3, "refresh": 2, "inverse_refresh": 25}),
+            MBF: Entrant(
+                "MBF", 1e-5, {"damping": 3e-4, "refresh": 2, "inverse_refresh": 25}
+            ),  # the demo's, for 1,000 images
             "Shampoo": Entrant("Shampoo", 3e-3),
             KFAC: Entrant("KFAC", 1e-2, {"damping": 0.3, "inverse_refresh": 20}),
             "ProjectedKFAC": Entrant("ProjectedKFAC", 1e-2, {"damping": 0.3, "inverse_refresh": 10}),
