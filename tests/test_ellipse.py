@@ -185,7 +185,9 @@ def test_parameters_by_label_and_by_index():
     places = [labels.index("0.weight[1,2]"), labels.index("4.bias[0]")]
     np.testing.assert_allclose(ds["metric"], c.matrix[places][:, places], rtol=1e-10)
     same = fl.ellipse(F, places, radius=1.0)
-    assert same.identical(ds.assign_attrs(same.attrs))  # but for the time at which each was made, and the words of the question
+    assert same.identical(
+        ds.assign_attrs(same.attrs)
+    )  # but for the time at which each was made, and the words of the question
     assert list(ds["axis_i"].values) == ["0.weight[1,2]", "4.bias[0]"]
 
 
