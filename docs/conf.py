@@ -92,7 +92,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(torch|numpy|np|xarray|xr|pandas|pd|matplotlib|scipy|nn|collections|pathlib|typing|os|tqdm)\..*"),
     # said from inside, shown from outside
     ("py:(attr|class|meth)", r"plan|LayerPlan|Fisher\.(solve|dense)|.*\.Listing"),
-    ("py:class", r".*\.record\.Run"),  # what a search is handed by the comparison
+    ("py:class", r".*\.(record\.Run|shelf\.Shelf|blocks\.Blocks)"),  # handed from one part of the package to another
     ("py:.*", r"(Axes|Tensor|optional|.*\.(Tensor|Axes|Dataset|DataArray|DataTree))"),
 ]
 
