@@ -10,6 +10,7 @@ import pytest
 import torch
 import training_samples as samples
 import xarray as xr
+from plot_samples import figures  # noqa: F401 - the fixture acts by its presence
 from test_tune import EDGE, GRID, compare
 from torch import nn
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib as mpl
 import pytest
 import xarray as xr
+from plot_samples import figures  # noqa: F401 - the fixture acts by its presence
 
 mpl.use("Agg")
 

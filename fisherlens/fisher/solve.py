@@ -53,7 +53,7 @@ class Solver:
             matrix = self.scores.dense() if self.dense_side else self.scores.full_gram()
             matrix = matrix.double() / self.total_weight
             top = torch.linalg.matrix_norm(matrix).item()
-            if damping < torch.finfo(self.scores.dtype).eps * top:
+            if math.isfinite(top) and damping < torch.finfo(self.scores.dtype).eps * top:
                 warnings.warn(
                     f"The damping {damping:g} is below the rounding error of {self.scores.dtype} scores (ε ‖F‖ = "
                     f"{torch.finfo(self.scores.dtype).eps * top:.1e}), so directions of small eigenvalues are noise. Raise the damping, or use "
