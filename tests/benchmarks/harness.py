@@ -37,11 +37,7 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, run in contestants.items():
-            synchronize(device)
-            start = time.perf_counter()
-            run()
-            synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(steadily(run, device))
     found = {}
     for name, values in seconds.items():
         ratios = [value / one for value, one in zip(values, seconds[unit], strict=True)]
@@ -57,6 +53,19 @@ def once(run: Callable[[], Any], device: torch.device) -> float:
     run()
     synchronize(device)
     return time.perf_counter() - start
+
+
+# Shorter calls are repeated for so long, and their mean counts: one call of 10 ms is the clock's luck, and pays for what its predecessor did
+# to the caches (our choice).
+_SHORT = 0.05
+
+
+def steadily(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one run; of a short one, the mean over 50 ms."""
+    spent = [once(run, device)]
+    while sum(spent) < _SHORT:
+        spent.append(once(run, device))
+    return statistics.mean(spent)
 
 
 # A unit timed longer ago than this is timed again before the next contestant (our choice).
@@ -85,9 +94,9 @@ def paced(
             if (k + 1) * rounds[name] // total == k * rounds[name] // total:
                 continue
             if time.perf_counter() - timed > _STALE or name == next(iter(contestants)):
-                units.append(once(unit, device))
+                units.append(steadily(unit, device))
                 timed = time.perf_counter()
-            seconds[name].append(once(run, device))
+            seconds[name].append(steadily(run, device))
             ratios[name].append(seconds[name][-1] / units[-1])
     found = {"unit": {"seconds": statistics.median(units) if units else math.nan, "rounds": len(units)}}
     for name, values in ratios.items():

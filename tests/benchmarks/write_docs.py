@@ -3,7 +3,8 @@
 python tests/benchmarks/products.py --json products.json
 python tests/benchmarks/scaling.py --json scaling.json
 python tests/benchmarks/spectra.py --large --json spectra.json
-python tests/benchmarks/write_docs.py --products products.json --scaling scaling.json --spectra spectra.json
+python tests/benchmarks/blocks.py --markdown blocks.md
+python tests/benchmarks/write_docs.py --products products.json --scaling scaling.json --spectra spectra.json --also blocks.md
 
 Several files of one kind (a CPU and a GPU, say) become a section each. ``--also`` appends sections that other scripts wrote.
 """
@@ -25,14 +26,15 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 HEAD = """# Benchmarks
 
 What a product with the exact Fisher costs, beside the libraries that offer one and the recipe that plain `torch.func` gives, how the cost
-grows, and what eigenvalues, traces and densities cost. Every number and picture on this page was written by the scripts in `tests/benchmarks`, from one run on the machine that each section
+grows, and what eigenvalues, traces, densities, and judgements of blocks cost. Every number and picture on this page was written by the scripts in `tests/benchmarks`, from one run on the machine that each section
 names; nothing is edited by hand. To take them again, on a machine that does nothing else:
 
 ```console
 $ python tests/benchmarks/products.py --json products.json
 $ python tests/benchmarks/scaling.py --json scaling.json
 $ python tests/benchmarks/spectra.py --large --json spectra.json
-$ python tests/benchmarks/write_docs.py --products products.json --scaling scaling.json --spectra spectra.json
+$ python tests/benchmarks/blocks.py --markdown blocks.md
+$ python tests/benchmarks/write_docs.py --products products.json --scaling scaling.json --spectra spectra.json --also blocks.md
 ```
 
 Networks and data are random but of real shapes, with 10 classes; the code is in `tests/benchmarks/networks.py`, that of the contestants in
