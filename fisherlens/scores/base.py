@@ -22,12 +22,35 @@ _PART_BYTES = 256 * 2**20
 
 
 class Total:
-    """A sum of tensors of one dtype, taken in float64 from the second on; the first is kept, not copied."""
+    """A sum of tensors of one dtype, in float64 but for terms of few examples; the first is kept, not copied."""
 
     def __init__(self):
         self._value: Tensor | None = None
+        self._open: Tensor | None = None  # a sum of terms that stand for few examples, in their own dtype
+        self._examples = 0
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor, examples: int = PART) -> None:
+        """Add a term. Terms that stand for up to ``PART`` examples together are a part, which is summed in their dtype.
+
+        A term of at least ``PART`` examples may be written over afterwards, but for the first.
+        """
+        if self._examples + examples > PART:
+            self._close()
+        if examples >= PART:
+            self._fold(x)
+        elif self._open is None:
+            self._open, self._owned, self._examples = x, False, examples
+        else:
+            # the first term may be a view that repeats entries; what is made here is not
+            self._open = self._open.add_(x) if self._owned else self._open + x
+            self._owned, self._examples = True, self._examples + examples
+
+    def _close(self) -> None:
+        if self._open is not None:
+            self._fold(self._open)
+            self._open, self._examples = None, 0
+
+    def _fold(self, x: Tensor) -> None:
         if self._value is None:
             self._value, self._dtype = x, x.dtype
         else:
@@ -44,6 +67,7 @@ class Total:
 
     def value(self) -> Tensor:
         """The sum, in the dtype of its terms."""
+        self._close()
         if self._value is None:
             raise ValueError("an empty sum has no shape")
         return self._value.to(self._dtype)

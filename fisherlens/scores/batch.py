@@ -146,7 +146,8 @@ def require_finite_inputs(batch: Batch) -> None:
     )
     for key, value in named:
         for x in _leaves(value):
-            if (x.is_floating_point() or x.is_complex()) and not torch.isfinite(x).all():
+            real = x.is_floating_point() or x.is_complex()
+            if real and not torch.isfinite(x.sum()) and not torch.isfinite(x).all():  # a finite sum has finite terms
                 bad = (~torch.isfinite(x)).reshape(x.shape[0] if x.ndim else 1, -1).any(1).nonzero()[0].item()
                 which = "The inputs" if isinstance(inputs, Tensor) else f"Input {key!r}"
                 raise NonFiniteError(

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fisherlens.errors import MemoryBudgetError, NonFiniteError
 from fisherlens.layout import LayerInfo
-from fisherlens.scores.base import LayerScores, Total
+from fisherlens.scores.base import PART, LayerScores, Total
+from fisherlens.scores.checks import LOW_PRECISION
 from fisherlens.scores.linearised import Graph, forward_derivatives
 from fisherlens.scores.matrix import ScoreMatrix
 from fisherlens.scores.recorder import preserved_randomness
@@ -186,7 +187,7 @@ class StreamedMatrix(ScoreMatrix):
         for piece in self._linear_pieces(groups):
             for group, sums in zip(groups, totals, strict=True):
                 for total, gradient in zip(sums, self._linearised(piece, group), strict=True):
-                    total.add(gradient)
+                    total.add(gradient, piece.batch.size if gradient.dtype not in LOW_PRECISION else PART)
         rows = [torch.cat([_flat(total.value()) for total in sums], dim=1) for sums in totals]
         return torch.cat(rows).to(self.dtype).mul_(scale).T
 

@@ -103,6 +103,8 @@ class Stage:
             elapsed = time.perf_counter() - start
             seconds.append(elapsed)
             ratios.append(2 * elapsed / (before + self._unit()))
+            if sum(seconds) > self.seconds:
+                break  # a second look at something so slow would tell little more
         scale = found.pop("scale", 1.0)
         row = {"what": what, "contestant": name, "seconds": scale * statistics.median(seconds)}
         row |= {"gradients": scale * statistics.median(ratios), "extrapolated": scale > 1, **facts, **found}
