@@ -57,13 +57,13 @@ def once(run: Callable[[], Any], device: torch.device) -> float:
 
 # Shorter calls are repeated for so long, and their mean counts: one call of 10 ms is the clock's luck, and pays for what its predecessor did
 # to the caches (our choice).
-_SHORT = 0.05
+SHORT = 0.05
 
 
 def steadily(run: Callable[[], Any], device: torch.device) -> float:
     """Seconds of one run; of a short one, the mean over 50 ms."""
     spent = [once(run, device)]
-    while sum(spent) < _SHORT:
+    while sum(spent) < SHORT:
         spent.append(once(run, device))
     return statistics.mean(spent)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from contestants import ALL, COMPILED, PEERS, Product, Task, Unavailable, attempt, budgets, truth
-from harness import full_float32, machine, once, paced, write_json
+from harness import SHORT, full_float32, machine, once, paced, write_json
 from names import HESSIAN, LINEARISED, OURS, STREAMED
 from networks import MORE, NETWORKS, REFERENCES
 from peaks import elsewhere, vectors
@@ -251,6 +251,7 @@ def main() -> None:
     where = machine(torch.device(options.device))
     print(where)
     settings = {key: getattr(options, key) for key in ("budget", "rounds", "memory", "blocks", "device")}
+    settings["short"] = SHORT
     payload: dict[str, Any] = {"machine": where, "settings": settings, "networks": {}}
     for name in options.networks:
         payload["networks"][name] = measure(name, options)

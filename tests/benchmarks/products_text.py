@@ -150,11 +150,12 @@ def markdown(payload: dict[str, Any]) -> str:
     """The section of docs/benchmarks.md."""
     settings = payload["settings"]
     blocks = [k for k in settings["blocks"] if k > 1]
+    short = settings.get("short", 0.0)
+    repeated = f"; calls under {1000 * short:g} ms are repeated for so long, and their mean counts" if short else ""
     parts = [
         f"## Products with the exact Fisher, on {'a GPU' if settings['device'].startswith('cuda') else 'a CPU'}",
         f"Measured on: {payload['machine']}. At most {settings['rounds']} rounds and about {settings['budget']:g} s of timing per network, "
-        "at least 3 rounds of everything, but one of what goes far beyond that; calls under 50 ms are repeated for so long, and their mean counts."
-        + payload.get("note", ""),
+        f"at least 3 rounds of everything, but one of what goes far beyond that{repeated}." + payload.get("note", ""),
         "All times are in gradient evaluations on the same data; those of blocks are per vector. The capture of our scores is paid once and not "
         "in them. Peers keep nothing (PyHessian: the graph of the gradient), so a single product of theirs is also what they need for data that "
         "fit no budget, and stands beside our streamed one. That one is measured on 2 to 8 batches of N examples, under a budget that keeps none of their "
