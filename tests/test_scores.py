@@ -233,6 +233,17 @@ def test_rows_without_weight_are_left_out_of_the_gram_only():
     assert scores.contract(torch.ones(3, 2, dtype=torch.float64)).gram().shape == (3, 3)
 
 
+@pytest.mark.parametrize("room, kept", [(2, 0), (3.9, 0), (4, 2)])
+def test_grams_of_layers_are_kept_only_within_the_budget(room, kept):
+    F = case("lenet").fisher()
+    rows, layers = F.scores.rows, F.scores.layers[:2]
+    scores = ScoreMatrix(layers, memory=room * rows**2 * F.dtype.itemsize)
+    expected = ScoreMatrix(layers).full_gram()
+    assert error(scores.full_gram(), expected) < TOLERANCE
+    assert len(scores._grams) == kept
+    assert F.scores.memory == F.memory == F.scores.restrict([F.layout.layers[0].name]).memory
+
+
 def test_restricted_matrices_share_their_grams():
     F = case("lenet").fisher()
     part = F.scores.restrict(["3", "9"])

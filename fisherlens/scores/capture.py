@@ -169,7 +169,7 @@ def _first_pass(
     if matrix_type is not None:
         matrix: ScoreMatrix = matrix_type(collector, source, seed, budget, mask)
     else:
-        matrix = ScoreMatrix([writer.scores() for writer in writers.values()], mask)
+        matrix = ScoreMatrix([writer.scores() for writer in writers.values()], mask, budget)
         require_finite_scores(matrix)
         witness.require(matrix, gradient)
     leaves = collector.recorder.leaves()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fisherlens.layout import LayerInfo
-from fisherlens.linalg.dense import self_gram
+from fisherlens.linalg.dense import mirror, self_gram
 from fisherlens.scores.base import CHUNK_BYTES, LayerScores
 
 # Bytes of signals between the two halves of a product that stay in a core's caches (our choice; 4 to 16 MiB measured alike).
@@ -186,8 +186,7 @@ class DenseScores(LayerScores):
                 inner = inner + 1
             outer = (self.g[i : i + m].reshape(m * r * t, d_o) @ g_all.T).view(m, r, t, n, r, t)
             out[i : i + m] = torch.einsum("mrtnsp,mtnp->mrns", outer, inner.view(m, t, n, t))
-        gram = out.view(self.rows, self.rows)
-        return (gram + gram.T) / 2  # tiles round differently on the two sides
+        return mirror(out.view(self.rows, self.rows))  # tiles round differently on the two sides
 
     def _diagonal(self) -> Tensor:
         if self.t > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -27,11 +28,13 @@ class ScoreMatrix:
         Scores of the layers, in the order of the flat vector.
     kept
         Which rows carry weight, ``(rows,)`` bool; None for all. Rows without weight are zero and left out of :meth:`gram`.
+    memory
+        Budget in bytes of the Fisher they belong to: Gram matrices of layers are kept for later only well within it.
     """
 
-    def __init__(self, layers: Sequence[LayerScores], kept: Tensor | None = None):
+    def __init__(self, layers: Sequence[LayerScores], kept: Tensor | None = None, memory: float = math.inf):
         self.layers = tuple(layers)
-        self.kept = kept
+        self.kept, self.memory = kept, memory
         self.n, self.r = layers[0].n, layers[0].r
         self.rows = layers[0].rows
         self.dtype, self.device = layers[0].dtype, layers[0].device
@@ -52,7 +55,7 @@ class ScoreMatrix:
 
     def restrict(self, names: Sequence[str]) -> ScoreMatrix:
         """The columns of some layers only, sharing memory and Gram matrices with this one."""
-        part = ScoreMatrix([layer for layer in self.layers if layer.layer.name in set(names)], self.kept)
+        part = ScoreMatrix([layer for layer in self.layers if layer.layer.name in set(names)], self.kept, self.memory)
         part._grams = self._grams
         return part
 
@@ -105,9 +108,10 @@ class ScoreMatrix:
         return self._grams[name]
 
     def full_gram(self) -> Tensor:
-        """U Uᵀ over all rows, also those without weight; the layers' own are kept for later only where they are small."""
+        """U Uᵀ over all rows, also those without weight; those of layers are kept for later only where they are small."""
         total = torch.zeros(self.rows, self.rows, dtype=self.dtype, device=self.device)
-        keep = len(self.layers) * self.rows**2 * self.dtype.itemsize <= _KEPT_GRAMS
+        own = self.rows**2 * self.dtype.itemsize
+        keep = len(self.layers) * own <= min(_KEPT_GRAMS, self.memory - 2 * own)  # two: the sum, and its caller's copy
         for layer in self.layers:
             name = layer.layer.name
             if keep or name in self._grams:

@@ -140,7 +140,7 @@ class StreamedMatrix(ScoreMatrix):
         self.stream, self.collector = Stream(collector, source, seed, budget), collector
         collector.recorder.freeze()
         source.remember()
-        super().__init__([StreamedLayer(layer, self.stream) for layer in collector.layout.layers], kept)
+        super().__init__([StreamedLayer(layer, self.stream) for layer in collector.layout.layers], kept, budget)
         self._graphs: dict[int, Graph] = {}
         if collector.plan.linearised:
             for piece in self.stream.pieces():
@@ -150,7 +150,7 @@ class StreamedMatrix(ScoreMatrix):
 
     def restrict(self, names: Sequence[str]) -> ScoreMatrix:
         # layer by layer: the fused product below is of the whole network
-        part = ScoreMatrix([layer for layer in self.layers if layer.layer.name in set(names)], self.kept)
+        part = ScoreMatrix([layer for layer in self.layers if layer.layer.name in set(names)], self.kept, self.memory)
         part._grams = self._grams
         return part
 
