@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, WeightedR
 import fisherlens as fl
 from fisherlens import reference
 from fisherlens.errors import InputError, NonFiniteError
+from fisherlens.scores.batch import Batch, joined, joined_size, make_batch
 from fisherlens.scores.source import Source
 
 N, LENGTH, VOCABULARY = 7, 4, 6
@@ -330,10 +331,11 @@ def test_parts_of_moved_data_change_nothing(monkeypatch):
         torch.complex64,
     ],
 )
-def test_fingerprints_see_every_change(dtype):
+@pytest.mark.parametrize("width", [3, 40_001])  # within one row of the checksum, and in many with a rest
+def test_fingerprints_see_every_change(dtype, width):
     """One bit, one place, one order: whatever the dtype and the layout in memory."""
     g = torch.Generator().manual_seed(0)
-    x = torch.randint(0, 2, (5, 3), generator=g).to(dtype)
+    x = torch.randint(0, 2, (5, width), generator=g).to(dtype)
     x[0, 0], x[1, 1] = 1, 0
 
     def seen(inputs: Tensor, targets: Tensor | None = None) -> tuple[int, ...]:
@@ -364,3 +366,42 @@ def test_reordered_one_hot_vectors_are_seen():
     model = fill(nn.Linear(5, 3).double(), torch.Generator().manual_seed(0))
     with pytest.raises(InputError, match=r"batch 0 differs from .*The Loader gives other batches in every pass"):
         fl.Fisher(model, Loader(), likelihood="categorical")
+
+
+def test_small_batches_are_joined():
+    """Up to so many examples together, in order, and only where they are alike."""
+
+    def batch(n: int, at: int, width: int = 2) -> Batch:
+        x = torch.arange(at, at + n).double()
+        return make_batch(x[:, None].expand(n, width), x.long(), f"batch {at}")
+
+    def sizes(batches: list[Batch], most: int) -> list[int]:
+        found = list(joined(batches, most))
+        assert torch.equal(torch.cat([b.targets for b in found]), torch.arange(sum(b.size for b in batches)))
+        assert all(torch.equal(b.inputs[:, 0].long(), b.targets) for b in found)
+        most_of_one = joined_size([b.size for b in batches], most)
+        assert all(b.size <= most_of_one for b in found)
+        return [b.size for b in found]
+
+    equal = [batch(3, at) for at in range(0, 15, 3)]
+    assert sizes(equal, 6) == [6, 6, 3]
+    assert sizes(equal, 5) == [3] * 5
+    assert sizes(equal, 100) == [15]
+    assert sizes([batch(1, 0), batch(4, 1), batch(2, 5), batch(7, 7)], 6) == [5, 2, 7]
+    assert sizes([batch(2, 0), batch(2, 2, width=3), batch(2, 4, width=3)], 6) == [2, 4]
+    assert next(joined(equal, 6)).where == "batch 0 to batch 3"
+    tables = [make_batch({"x": torch.ones(2, 2), "table": torch.ones(2, 5)}, None, "b") for _ in range(3)]
+    assert list(joined(tables, 6)) == tables  # the table may be one of all examples
+
+
+def test_batches_are_read_no_further_than_needed():
+    read = []
+
+    def batches():
+        for k in range(4):
+            read.append(k)
+            yield make_batch(torch.ones(3, 2), None, f"batch {k}")
+
+    pairs = joined(batches(), 6)
+    assert next(pairs).size == 6
+    assert read == [0, 1]

@@ -12,6 +12,7 @@ from cases import fill
 from fisher_checks import QUIET, case, error
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 
 import fisherlens as fl
 from fisherlens import reference
@@ -226,3 +227,58 @@ def test_one_sample_of_streamed_scores_says_what_would_help():
         )
         < TOLERANCE
     )
+
+
+class Force(nn.Module):
+    """A network whose output is a derivative of another one by its input, as in energy-based models."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(3, 5), nn.Linear(5, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = self.outer(self.inner(x).tanh()).square()
+            forces = [torch.autograd.grad(e.sum(), x, create_graph=True)[0][:, 0] for e in energy.T]
+        return torch.stack(forces, dim=1)
+
+
+def test_derivatives_inside_the_network():
+    """The short rules for layers do not know of gradients that the network takes itself; then torch's own are used."""
+    model = fill(Force().double(), torch.Generator().manual_seed(0))
+    x, y = torch.randn(6, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64), torch.zeros(6).long()
+    F = fl.Fisher(model, (x, y), likelihood="categorical", memory=600)
+    assert {entry.path for entry in F.plan} == {"streamed"}
+    assert not F.scores.collector.recorder.layer_rules
+    truth = reference.fisher(model, (x, y), "categorical")
+    assert error(F @ torch.eye(F.n_params, dtype=torch.float64), truth) < TOLERANCE
+    assert error(F @ torch.ones(F.n_params, dtype=torch.float64), truth.sum(1)) < TOLERANCE
+
+
+def test_the_input_of_the_first_layer_is_not_differentiated():
+    """Torch multiplies the derivative of the data, which is zero, by the weights of the first layer; a third of the pass."""
+    model = fill(
+        nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 4)).double(), torch.Generator().manual_seed(0)
+    )
+    x = torch.randn(20, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    F = fl.Fisher(model, (x, torch.zeros(20).long()), likelihood="categorical", memory=3000)
+    assert {entry.path for entry in F.plan} == {"streamed"}
+    v = torch.ones(F.n_params, dtype=torch.float64)
+    F @ v
+    with FlopCounterMode(display=False) as counter:
+        F @ v
+    first, second = 20 * 40 * 30, 20 * 30 * 4
+    forward, along, back = first + second, first + 2 * second, first + 2 * second
+    assert counter.get_total_flops() == 2 * (forward + along + back)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 20])
+def test_small_batches_give_the_same_products(batch):
+    c = case("mlp_tanh")
+    x, y = c.data
+    F = c.fisher(data=[(x[i : i + batch], y[i : i + batch]) for i in range(0, len(x), batch)], memory=small_budget(c))
+    assert F.plan.streamed or F.plan.linearised
+    V = c.vectors(3)
+    assert error(F @ V, c.matrix @ V) < TOLERANCE
+    assert error(F.diagonal(), c.matrix.diagonal()) < TOLERANCE

@@ -13,7 +13,7 @@ from torch.nn import functional
 import fisherlens as fl
 from fisherlens import reference
 from fisherlens.errors import NonFiniteError
-from fisherlens.likelihoods import HeteroscedasticGaussian, as_likelihood
+from fisherlens.likelihoods import BoundLikelihood, HeteroscedasticGaussian, as_likelihood
 
 TOLERANCE = 1e-12
 EXTREME = [-80.0, -40.0, -3.0, 0.0, 3.0, 40.0, 80.0]
@@ -91,6 +91,19 @@ def test_columns_are_a_root_of_the_output_fisher(name):
     S = root(bound_of(name))
     assert error(S @ S.mT, output_fisher(name)) < TOLERANCE
     assert error(root(bound_of(name, torch.float32)), S) < 1e-6
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_curvature_is_the_output_fisher(name, dtype):
+    bound, H = bound_of(name, dtype), output_fisher(name)
+    changes = torch.randn(3, *bound.outputs.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    found = bound.curvature(changes.to(dtype))
+    assert found.shape == changes.shape
+    expected = torch.einsum("nij,knj->kni", H, changes.reshape(3, len(H), -1)).view_as(changes)
+    assert error(found, expected) < (TOLERANCE if dtype == torch.float64 else 2e-6)
+    default = BoundLikelihood.curvature(bound, changes.to(dtype))
+    assert error(default, expected) < (TOLERANCE if dtype == torch.float64 else 2e-6)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -198,6 +211,10 @@ def test_extreme_softmax_in_float32():
         assert error(b, a) < 1e-6
         # each entry by itself, as small ones meet large coefficients
         assert ((b.double() - a).abs() <= 2e-5 * a.abs() + 1e-44).all()
+    # the curvature too: what is left of classes of probability 1 is not a difference of rounded numbers
+    v = torch.randn(1, len(logits), 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    a, b = exact.curvature(v), single.curvature(v.float())
+    assert (b.double() - a).abs().le(1e-4 * a.abs().amax(-1, keepdim=True) + 1e-44).all()
     labels = torch.arange(len(logits)) % 3
     exact, single = (fl.Categorical().bind(x, labels) for x in (logits, logits.float()))
     assert error(single.observed_score(), exact.observed_score()) < 1e-6

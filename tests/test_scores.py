@@ -233,7 +233,7 @@ def test_rows_without_weight_are_left_out_of_the_gram_only():
     assert scores.contract(torch.ones(3, 2, dtype=torch.float64)).gram().shape == (3, 3)
 
 
-@pytest.mark.parametrize("room, kept", [(2, 0), (3.9, 0), (4, 2)])
+@pytest.mark.parametrize(("room", "kept"), [(2, 0), (3.9, 0), (4, 2)])
 def test_grams_of_layers_are_kept_only_within_the_budget(room, kept):
     F = case("lenet").fisher()
     rows, layers = F.scores.rows, F.scores.layers[:2]

@@ -56,6 +56,16 @@ class BoundLikelihood(ABC):
     def column(self, r: int) -> Tensor:
         """Column r of √w S for every example, in the shape of the outputs."""
 
+    def curvature(self, changes: Tensor) -> Tensor:
+        """The curvature w H applied to changes of the outputs, ``(K, *outputs)`` → the same shape.
+
+        Default: column by column, K R operations for each entry of the outputs.
+        """
+        total = torch.zeros_like(changes)
+        for r in range(self.num_columns):
+            total += along(self.column(r), changes)
+        return total
+
     @abstractmethod
     def sampled_score(self, uniforms: Tensor) -> Tensor:
         """√w times the score at labels drawn from p(y | f) by inversion.
@@ -176,6 +186,17 @@ class Likelihood(ABC):
     def rank_per_term(self, output_shape: torch.Size) -> int:
         """Largest rank that one term can add to F, for outputs of shape ``(N, ...)``."""
         return math.prod(output_shape[1:])
+
+
+def inner_products(column: Tensor, changes: Tensor) -> Tensor:
+    """⟨c_n, v_kn⟩ of each example's column ``(N, ...)`` with changes ``(K, N, ...)``, ``(K, N)``."""
+    return (column * changes).reshape(*changes.shape[:2], -1).sum(2)
+
+
+def along(column: Tensor, changes: Tensor) -> Tensor:
+    """Apply c cᵀ of each example's column c ``(N, ...)`` to changes ``(K, N, ...)``."""
+    inner = inner_products(column, changes)
+    return column * inner.view(*inner.shape, *[1] * (column.ndim - 1))
 
 
 def require_finite(outputs: Tensor, where: str) -> None:

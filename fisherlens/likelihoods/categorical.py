@@ -59,6 +59,14 @@ class _BoundCategorical(BoundLikelihood):
             out[:, t] = column * self._root_weight[:, t, None]
         return self._shaped(out)
 
+    def curvature(self, changes: Tensor) -> Tensor:
+        """See :meth:`BoundLikelihood.curvature`; (diag(p) - p pᵀ) v in O(C), from differences to the most likely class, which lose no digits."""
+        moved = changes.movedim(self._axis % self.outputs.ndim + 1, -1)
+        v = moved.reshape(len(changes), *self._p.shape)
+        v = v - v.gather(-1, self._pivot[..., None].expand(*v.shape[:-1], 1))
+        found = self._p * (v - (self._p * v).sum(-1, keepdim=True)) * self.weight.to(v.dtype)[..., None]
+        return found.view(moved.shape).movedim(-1, self._axis % self.outputs.ndim + 1)
+
     def _draw(self, uniforms: Tensor) -> Tensor:
         cumulative = self._p.double().cumsum(-1)
         threshold = uniforms.to(cumulative.device, torch.float64)[..., None] * cumulative[..., -1:]

@@ -91,6 +91,10 @@ class BoundElementwise(BoundLikelihood):
         out[:, r] = self._root[:, r]
         return out.reshape(self._shape)
 
+    def curvature(self, changes: Tensor) -> Tensor:
+        """See :meth:`BoundLikelihood.curvature`."""
+        return changes * self._root.square().reshape(self._shape)
+
     def sampled_score(self, uniforms: Tensor) -> Tensor:
         return self._scaled(self.score(self.draw(uniforms))).reshape(self._shape)
 

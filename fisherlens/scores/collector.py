@@ -12,7 +12,9 @@ from torch import Tensor
 
 from fisherlens.errors import InputError, NonFiniteError, NumericalWarning
 from fisherlens.likelihoods import BoundLikelihood, Likelihood
+from fisherlens.likelihoods.base import along
 from fisherlens.linalg.memory import Workspace
+from fisherlens.scores.batch import joined, joined_size
 from fisherlens.scores.draws import Draws
 from fisherlens.scores.matrix import ScoreMatrix
 from fisherlens.scores.per_example import PerExample
@@ -26,6 +28,8 @@ _TRANSIENT = 192 * 2**20
 # The same for a pass that collects no scores; measured on convolutions, which want their activations in the caches. Below it
 # the fixed cost of a pass dominates, so it is taken also where the budget of what is kept is smaller.
 _LINEAR = 64 * 2**20
+# Examples up to which small batches are joined: more gain nothing on a CPU, as the activations leave the caches (our measurement).
+_JOINED = 1024
 
 
 @dataclass(frozen=True)
@@ -112,14 +116,15 @@ class Collector:
         ruleless = [layer for layer in self.layout.layers if plan[layer.name].storage == "per example"]
         self._per_example = PerExample(self.recorder, ruleless) if ruleless else None
         self._workspace = Workspace(limit=budget // 4)
-        self.step = self._piece_size(budget, max(batches))
+        self.step = self._piece_size(budget, batches)
 
-    def _piece_size(self, budget: int, n: int) -> int:
+    def _piece_size(self, budget: int, batches: Sequence[int]) -> int:
         """Examples per piece such that the graph and the score buffers stay under 192 MiB and an eighth of the budget.
 
         Where no scores are kept, those of a piece are in its size too, and it may take half of the budget. Also tells the plan what the
         largest piece adds to what is kept.
         """
+        n = max(batches)
         per_example, share = max(1, self.graph_bytes + self._buffer_bytes()), budget // 8
         if not self.plan.kept:
             per_example, share = per_example + self.plan.scores_nbytes // self.plan.n_data, max(budget // 2, _LINEAR)
@@ -133,7 +138,8 @@ class Collector:
             self.plan.transient_nbytes = 12 * size * p
         else:
             # the first pass sums gradients of two kinds in float64, and a product holds twice what its pass over a piece does, for a while
-            piece = min(self.linear_step(1), n) * self.pass_bytes
+            step_of_one = self.linear_step(1)
+            piece = min(step_of_one, max(n, joined_size(batches, min(step_of_one, _JOINED)))) * self.pass_bytes
             self.plan.transient_nbytes = int(max(piece + (6 * size + 34) * p, 1.85 * piece + 5 * size * p))
         return step
 
@@ -167,11 +173,14 @@ class Collector:
         share = max(_LINEAR, 4 * vectors * self.layout.n_params * self.like.dtype.itemsize)
         return max(1, min(4096, share // max(1, self.graph_bytes * (2 + vectors))))
 
-    def pieces(self, source: Source, seed: int, step: int | None = None) -> Iterator[Piece]:
-        """The data in pieces of ``step`` examples; the labels' uniform numbers are the same in every pass and for every split into batches."""
+    def pieces(self, source: Source, seed: int, step: int | None = None, *, join: bool = False) -> Iterator[Piece]:
+        """The data in pieces of up to ``step`` examples, each of one batch, or of several small ones if they may be joined.
+
+        The labels' uniform numbers are the same in every pass and for every split into batches.
+        """
         draws = Draws(self._num_uniforms, self.mc_samples, self.mc_sampling, seed)
         done, step = 0, step or self.step
-        for whole in source.batches():
+        for whole in joined(source.batches(), min(step, _JOINED)) if join else source.batches():
             for begin in range(0, whole.size, step):
                 batch = whole.part(begin, begin + step)
                 yield Piece(slice(done, done + batch.size), batch, draws.take(batch.size))
@@ -251,6 +260,12 @@ class Collector:
         else:
             for t in range(bound.num_terms):
                 yield bound.observed_score(t)
+
+    def curvature(self, bound: BoundLikelihood, uniforms: Tensor, changes: Tensor) -> Tensor:
+        """Σ_r c_r c_rᵀ of the score columns c_r applied to changes of the outputs, ``(K, *outputs)``."""
+        if self.kind == "exact":
+            return bound.curvature(changes)
+        return sum(along(column, changes) for column in self.signals(bound, uniforms))
 
     def kept_rows(self, bound: BoundLikelihood) -> Tensor:
         """Which rows carry weight, ``(n, r)``."""

@@ -24,7 +24,7 @@ from fisherlens.linalg.memory import Workspace
 from fisherlens.scores.checks import LOW_PRECISION, check_outputs, random_module
 from fisherlens.scores.conv import ConvGeometry, conv_rows
 from fisherlens.scores.embedding import embedding_rows
-from fisherlens.scores.look_up import ForwardRules
+from fisherlens.scores.forward_rules import ForwardRules
 from fisherlens.scores.norm import norm_rows
 from fisherlens.scores.source import Batch, call, describe, output_tensor, tensors_of
 
@@ -89,7 +89,7 @@ class Recorder:
         modules = dict(model.named_modules())
         with_rule = [layer.name for layer in layout.layers if _has_rule(layer)]
         self.modules = {name: modules["" if name == ROOT else name] for name in with_rule}
-        self.copy_inputs = False
+        self.copy_inputs, self.layer_rules = False, True
         self._frozen: dict[str, Tensor] | None = None
         self._modes: dict[nn.Module, bool] = {}
         bare, self._prefix = unwrapped(model)
@@ -166,7 +166,12 @@ class Recorder:
     def outputs_with_graph(self, batch: Batch, leaves: Mapping[str, Tensor]) -> Tensor:
         """Outputs as a twice differentiable function of the leaves, whatever gradient mode surrounds the call."""
         # fused attention kernels have neither a forward-mode rule nor a second derivative; the plain one has both
-        with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), ForwardRules():
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            ForwardRules(self.layer_rules),
+        ):
             return self.outputs(batch, leaves)
 
     def release(self, names: Iterable[str]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fisherlens.errors import MemoryBudgetError, NonFiniteError
 from fisherlens.layout import LayerInfo
+from fisherlens.likelihoods.base import inner_products
 from fisherlens.scores.base import PART, LayerScores, Total
 from fisherlens.scores.checks import LOW_PRECISION
 from fisherlens.scores.linearised import Graph, forward_derivatives
@@ -40,7 +41,7 @@ class Stream:
     def pieces(self, step: int | None = None) -> Iterator[Piece]:
         """The data once more, global random state preserved."""
         with preserved_randomness(self.device):
-            yield from self.collector.pieces(self.source, self.seed, step)
+            yield from self.collector.pieces(self.source, self.seed, step, join=True)
 
     def parts(self) -> Iterator[tuple[slice, ScoreMatrix]]:
         """Rows and score matrix of each piece."""
@@ -172,7 +173,7 @@ class StreamedMatrix(ScoreMatrix):
         if not self._linear(v.shape[1]):
             return torch.cat([scores.matmat(v) for _, scores in self.parts()])
         groups = self._tangents(v)
-        images = [torch.cat([self._image(piece, some)[0] for some in groups]) for piece in self._linear_pieces(groups)]
+        images = [torch.cat([self._image(piece, some) for some in groups]) for piece in self._linear_pieces(groups)]
         return torch.cat(images, dim=1).flatten(1).T.contiguous()
 
     def rmatmat(self, z: Tensor) -> Tensor:
@@ -188,8 +189,14 @@ class StreamedMatrix(ScoreMatrix):
             for group, sums in zip(groups, totals, strict=True):
                 for total, gradient in zip(sums, self._linearised(piece, group), strict=True):
                     total.add(gradient, piece.batch.size if gradient.dtype not in LOW_PRECISION else PART)
-        rows = [torch.cat([_flat(total.value()) for total in sums], dim=1) for sums in totals]
-        return torch.cat(rows).to(self.dtype).mul_(scale).T
+        out = torch.empty(v.shape[1], self.size, dtype=self.dtype, device=self.device)
+        for rows, sums in zip(out.split(_TOGETHER), totals, strict=True):
+            at = 0
+            for total in sums:
+                found = total.value().reshape(len(rows), -1).to(self.dtype)  # a parameter may be a single number
+                torch.mul(found, scale, out=rows[:, at : at + found.shape[1]])
+                at += found.shape[1]
+        return out.T
 
     def checked_product(self, v: Tensor, scale: float = 1.0) -> tuple[Tensor, bool]:
         return self.product(v, scale), False
@@ -227,34 +234,33 @@ class StreamedMatrix(ScoreMatrix):
         together = max(len(next(iter(group.values()))) for group in groups)
         return self.stream.pieces(None if self._graphs else self.collector.linear_step(together))
 
-    def _image(self, piece: Piece, tangents: dict[str, Tensor]) -> tuple[Tensor, list[Tensor], Graph]:
-        """Row-space images ``(K, n, r)`` of K vectors, the score columns, and the graph of the outputs."""
+    def _changes(self, piece: Piece, tangents: dict[str, Tensor]) -> tuple[Tensor, Graph]:
+        """J V of one piece, ``(K, *outputs)``, and the graph of its outputs."""
         recorder = self.collector.recorder
         if piece.at.start in self._graphs:
             graph = self._graphs[piece.at.start]
-            changes = graph.derivatives(tangents)
-        else:
-            graph, changes = forward_derivatives(
-                lambda values: recorder.outputs_with_graph(piece.batch, values), recorder.leaves(), tangents
-            )
-        bound = self.collector.bind(graph.outputs, piece.batch, piece.at)
-        columns = list(self.collector.signals(bound, piece.uniforms))
-        z = torch.stack([(column * changes).flatten(2).sum(2) for column in columns], dim=2)
-        if not torch.isfinite(z).all():
-            raise NonFiniteError(
-                f"The product on {piece.batch.where} holds NaN or infinity: a derivative overflowed. Use a float64 model."
-            )
-        return z, columns, graph
+            return graph.derivatives(tangents), graph
+        graph, changes = forward_derivatives(
+            lambda values: recorder.outputs_with_graph(piece.batch, values), recorder.leaves(), tangents
+        )
+        return changes, graph
+
+    def _image(self, piece: Piece, tangents: dict[str, Tensor]) -> Tensor:
+        """Row-space images of K vectors, ``(K, n, r)``."""
+        changes, graph = self._changes(piece, tangents)
+        columns = self.collector.signals(self.collector.bind(graph.outputs, piece.batch, piece.at), piece.uniforms)
+        return _finite(torch.stack([inner_products(column, changes) for column in columns], dim=2), piece)
 
     def _linearised(self, piece: Piece, tangents: dict[str, Tensor]) -> list[Tensor]:
-        """UᵀU V of one piece, ``(K, *shape)`` for each parameter."""
-        z, columns, graph = self._image(piece, tangents)
-        signals = sum(
-            column * z[:, :, r].reshape(*z.shape[:2], *[1] * (column.ndim - 1)) for r, column in enumerate(columns)
+        """UᵀU V of one piece, ``(K, *shape)`` for each parameter: Jᵀ H J V with the curvature H of the outputs."""
+        changes, graph = self._changes(piece, tangents)
+        bound = self.collector.bind(graph.outputs, piece.batch, piece.at)
+        return graph.pull_backs(_finite(self.collector.curvature(bound, piece.uniforms, changes), piece))
+
+
+def _finite(found: Tensor, piece: Piece) -> Tensor:
+    if not torch.isfinite(found).all():
+        raise NonFiniteError(
+            f"The product on {piece.batch.where} holds NaN or infinity: a derivative overflowed. Use a float64 model."
         )
-        return graph.pull_backs(signals)
-
-
-def _flat(gradients: Tensor) -> Tensor:
-    """``(K, *shape)`` as ``(K, numel)``, also of a parameter that is a single number."""
-    return gradients.reshape(len(gradients), -1)
+    return found

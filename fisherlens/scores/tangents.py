@@ -32,7 +32,9 @@ def settle_products(
         plan = make_plan(collector.layout.layers, collector.uses, replace(sizes, graph_bytes=2**62), budget)
     if not plan.streamed:
         return plan, StreamedMatrix
-    if linearises(collector.recorder, sample, keep=False):
+    recorder = collector.recorder
+    recorder.layer_rules = linearises(recorder, sample, keep=False)
+    if recorder.layer_rules or linearises(recorder, sample, keep=False):
         collector.pass_bytes = _pass_bytes(collector.recorder, sample)
         return plan, StreamedMatrix
     why = "; collected in each product, as a derivative along a direction does not exist or is not that of the gradient"
