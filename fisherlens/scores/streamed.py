@@ -169,6 +169,13 @@ class StreamedMatrix(ScoreMatrix):
         """Rows and score matrix of each piece, one at a time."""
         return self.stream.parts()
 
+    def _summed(self, function: Callable[[ScoreMatrix, slice], Tensor]) -> Tensor:
+        """Sum of a function of the scores of each piece, and its rows, in parts of ``PART`` examples that are added in float64."""
+        total = Total()
+        for rows, scores in self.parts():
+            total.add(function(scores, rows), scores.n)
+        return total.value()
+
     def matmat(self, v: Tensor) -> Tensor:
         if not self._linear(v.shape[1]):
             return torch.cat([scores.matmat(v) for _, scores in self.parts()])
@@ -177,12 +184,12 @@ class StreamedMatrix(ScoreMatrix):
         return torch.cat(images, dim=1).flatten(1).T.contiguous()
 
     def rmatmat(self, z: Tensor) -> Tensor:
-        return Total.of(scores.rmatmat(z[rows].contiguous()).T for rows, scores in self.parts()).T
+        return self._summed(lambda scores, rows: scores.rmatmat(z[rows].contiguous()).T).T
 
     def product(self, v: Tensor, scale: float = 1.0) -> Tensor:
         """UᵀU V in one pass over the data; sums over pieces in float64."""
         if not self._linear(v.shape[1]):
-            return Total.of(scores.product(v, scale).T for _, scores in self.parts()).T
+            return self._summed(lambda scores, rows: scores.product(v, scale).T).T
         groups = self._tangents(v)
         totals = [[Total() for _ in group] for group in groups]
         for piece in self._linear_pieces(groups):
@@ -202,13 +209,13 @@ class StreamedMatrix(ScoreMatrix):
         return self.product(v, scale), False
 
     def diagonal(self) -> Tensor:
-        return Total.of(scores.diagonal() for _, scores in self.parts())
+        return self._summed(lambda scores, rows: scores.diagonal())
 
     def trace(self) -> Tensor:
-        return Total.of(scores.trace() for _, scores in self.parts())
+        return self._summed(lambda scores, rows: scores.trace())
 
     def dense(self, index: Tensor | None = None) -> Tensor:
-        return Total.of(scores.dense(index) for _, scores in self.parts())
+        return self._summed(lambda scores, rows: scores.dense(index))
 
     def columns(self, index: Tensor) -> Tensor:
         return torch.cat([scores.columns(index) for _, scores in self.parts()])
