@@ -261,6 +261,61 @@ def test_an_option_that_the_optimizer_does_not_show_is_seen_in_its_function(tmp_
         small(tmp_path, entries={"x": entry("unit")})
 
 
+class Own(nn.Module):
+    """Its text and weights say nothing of what it does."""
+
+    def __init__(self, scale=1.0, act=torch.tanh):
+        super().__init__()
+        self.inner, self.scale, self.act = nn.Linear(2, 3), scale, act
+
+    def forward(self, x):
+        return self.scale * self.act(self.inner(x))
+
+
+class Edited(Own):
+    def forward(self, x):
+        return self.scale * self.act(self.inner(x)).square()
+
+
+Edited.__name__ = Edited.__qualname__ = "Own"
+
+
+def test_a_network_that_computes_something_else_is_refused(tmp_path):
+    def call(factory):
+        return small(tmp_path, problem=samples.clouds(factory=factory))
+
+    call(Own)
+    call(Own)
+    assert repr(Edited()) == repr(Own())
+    for other in (Edited, partial(Own, scale=2.0), partial(Own, act=torch.relu), partial(Own, act=torch.sin)):
+        with pytest.raises(InputError, match=r"joined: the classes of the network differ\. Repeat"):
+            call(other)
+
+
+class Entry:
+    """An object that makes optimizers."""
+
+    def __init__(self, clip):
+        self.clip = clip
+
+    def __call__(self, model):
+        return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def test_options_of_callable_objects_and_after_the_star_are_seen(tmp_path):
+    def keyword(clip):
+        def make(model, *, clip=clip):
+            return torch.optim.SGD(model.parameters(), lr=0.1 + 0 * clip)
+
+        return make
+
+    for k, entry in enumerate((Entry, keyword)):
+        small(tmp_path / str(k), entries={"x": entry(1.0)})
+        small(tmp_path / str(k), entries={"x": entry(1.0)})
+        with pytest.raises(InputError, match=r"optimizer x function (clip|defaults) was \[?1\.0\]? and is \[?2\.0"):
+            small(tmp_path / str(k), entries={"x": entry(2.0)})
+
+
 def test_threads_and_versions_are_part_of_a_comparison(tmp_path, monkeypatch):
     small(tmp_path)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
