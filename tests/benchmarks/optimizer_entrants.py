@@ -7,8 +7,10 @@ Periods are ``(refresh, inverse_refresh)``: steps from one statistic to the next
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -93,7 +95,10 @@ def _singd(task: Task, refresh: int, inverses: int) -> Subject:
 
 
 class _Asdl(_Peer):
-    """ASDL wraps the passes and writes the direction into ``.grad`` (its documentation)."""
+    """ASDL (of the package asdfghjkl) wraps the passes and writes the direction into ``.grad`` (its documentation).
+
+    Sampled labels, averages of 0.95, and factors that are damped apart, as in "KFAC, factored".
+    """
 
     def __init__(self, task: Task, refresh: int, inverses: int):
         try:
@@ -111,6 +116,8 @@ class _Asdl(_Peer):
             preconditioner_upd_interval=inverses,
             ignore_modules=[nn.BatchNorm2d],
         )
+        if not torch.cuda.is_available():  # its marks for a profiler need a build of torch with CUDA
+            library.natural_gradient.nvtx = SimpleNamespace(range=nullcontext)
         self.maker = library.KfacGradientMaker(self.model, config)
 
     def step(self) -> None:
