@@ -267,7 +267,7 @@ class Layout:
 
     def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
         """``(P,)`` or ``(P, K)`` as a dict of views name → tensor of the parameter's shape (and K)."""
-        return {p.name: flat[p.start : p.stop].reshape(*p.shape, *flat.shape[1:]) for p in self.parameters}
+        return {p.name: flat[p.start : p.stop].reshape((*p.shape, *flat.shape[1:])) for p in self.parameters}
 
     def parameter_labels(self) -> np.ndarray:
         """One label per entry of the flat vector, such as ``0.weight[3,2]``."""

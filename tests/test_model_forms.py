@@ -376,3 +376,30 @@ def test_random_modules_are_named_in_any_depth():
 
     with torch.random.fork_rng(devices=[]), pytest.raises(InputError, match=r"Module '\(root\)' \(Root\) draws random"):
         fl.Fisher(Root(5, 3).double(), c.data, likelihood="categorical")
+
+
+# --- a parameter without axes ----------------------------------------------------------------------------------------
+
+
+class Tempered(nn.Module):
+    """Logits divided by a learnt temperature, a scalar."""
+
+    def __init__(self):
+        super().__init__()
+        self.temperature, self.inner = nn.Parameter(torch.tensor(0.8)), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) / self.temperature.exp()
+
+
+def test_a_scalar_parameter_in_dicts_and_in_claims():
+    x, y = torch.randn(12, 2, generator=torch.Generator().manual_seed(0), dtype=DTYPE), torch.arange(12) % 3
+    model = Tempered().to(DTYPE)
+    F = fl.Fisher(model, (x, y), likelihood="categorical")
+    v = noise(F.n_params)
+    named = F.layout.unflatten(v)
+    assert named["temperature"].shape == ()
+    assert torch.equal(F.layout.flatten(F @ named), F @ v)
+    assert torch.equal(F.layout.flatten(fl.Diagonal(F).solve(named, 0.1)), fl.Diagonal(F).solve(v, 0.1))
+    problem = fl.Problem("tempered", "A learnt temperature.", Tempered, (x.float(), y), (x.float(), y))
+    assert fl.verify(problem, "metric/top", seeds=1).holds.all()
