@@ -9,14 +9,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fisherlens.linalg import memory
-from fisherlens.linalg.dense import cholesky_in_place, damped_cholesky, self_gram
+from fisherlens.linalg import lapack, memory
+from fisherlens.linalg.dense import cholesky_in_place, damped_cholesky, self_gram, solve_factored
+from fisherlens.linalg.threads import side_by_side
 from fisherlens.scores.matrix import ScoreMatrix
 
 # Blocks are factored in chunks of this size in float64, whose temporaries stay in the caches (our choice).
 _CHUNK_BYTES = 8 * 2**20
 # Rounding of a block's trace, relative to the damping, up to which its inverse is taken in its own dtype: relative error 1e-3 at most.
 _SAFE = 1e-3
+# Size from which two triangular solves are faster than a product with the inverse, which then is not taken (measured on the CPU for 801).
+_LARGE = 256
 
 
 class Blocks(Protocol):
@@ -51,17 +54,29 @@ def _kept_trace(factor: Tensor, damping: float) -> Tensor:
     )  # rounding of a zero block
 
 
+def safe_in(dtype: torch.dtype, trace: float, damping: float) -> bool:
+    """Whether blocks of this trace may be factored in this dtype: their inverses then are accurate enough."""
+    return trace * torch.finfo(dtype).eps <= _SAFE * damping
+
+
+def _pieces(count: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
 def factor_for_inverse(matrices: Tensor, damping: float) -> Tensor:
     """Cholesky factors of M_b + λI, in the dtype of the blocks where λ is large enough for that, else in float64; lower triangles."""
     damped = matrices.clone()
     diagonal = damped.diagonal(dim1=-2, dim2=-1)
-    largest = diagonal.sum(-1).max().item()
-    if largest * torch.finfo(matrices.dtype).eps <= _SAFE * damping:
+    if safe_in(matrices.dtype, diagonal.sum(-1).max().item(), damping):
         diagonal += damping
         factor, definite = cholesky_in_place(damped)
         if definite:
             return factor
     return damped_cholesky(matrices, damping, f"A block of size {matrices.shape[-1]}")
+
+
+def _log_determinants(factor: Tensor) -> float:
+    return 2 * factor.diagonal(dim1=-2, dim2=-1).double().log().sum().item()
 
 
 def _times(matrices: Tensor, x: Tensor) -> Tensor:
@@ -93,6 +108,7 @@ class MomentBlocks:
         self._run = _run_of(index)
         self._factor: tuple[float, Tensor] | None = None
         self._inverse: tuple[float, Tensor, float] | None = None
+        self._own: tuple[float, Tensor | None, float] | None = None
         self.inverts = False
 
     @property
@@ -112,31 +128,61 @@ class MomentBlocks:
         """Solve by explicit inverses in the dtype of the blocks, which pays for many solves and takes the room of the blocks once more.
 
         A solve is then one pass over the inverses instead of two, serial ones, over float64 factors; its relative error is that of the
-        dtype times the condition number of the damped blocks.
+        dtype times the condition number of the damped blocks. Of large blocks factors in that dtype do the same.
         """
         self.inverts = self.index.shape[1] > 1
 
     def inverse(self, damping: float) -> tuple[Tensor, float]:
         """(M_b + λI)⁻¹ and Σ_b log det(M_b + λI), from the factors of a chunk of blocks at a time."""
         if self._inverse is None or self._inverse[0] != damping:
-            inverse = memory.zeros((*self.index.shape, self.index.shape[1]), self.dtype, self.index.device)
-            total, start = 0.0, 0
-            for some in self.chunks():
-                factor = factor_for_inverse(some, damping)
-                total += 2 * factor.diagonal(dim1=-2, dim2=-1).double().log().sum().item()
-                inverse[start : start + len(some)] = torch.cholesky_inverse(factor)
-                start += len(some)
-            self._inverse = (damping, inverse, total)
+            inverse = self._room()
+
+            def invert(at: slice) -> float:
+                factor = factor_for_inverse(self.chunk(at), damping)
+                inverse[at] = torch.cholesky_inverse(factor)
+                return _log_determinants(factor)
+
+            logs = side_by_side(invert, self.pieces(), self.index.device)
+            self._inverse = (damping, inverse, sum(logs))
         return self._inverse[1:]
+
+    def own_factor(self, damping: float) -> tuple[Tensor | None, float]:
+        """Factors in the dtype of the blocks, with the sum of log determinants: None where blocks are small, or too uneven for that."""
+        if self._own is None or self._own[0] != damping:
+            here = self.index.shape[1] >= _LARGE and lapack.knows(self.dtype, self.index.device)
+            factors = self._room() if here else None
+
+            def factorise(at: slice) -> float | None:
+                factors[at] = self.chunk(at)
+                diagonal = factors[at].diagonal(dim1=-2, dim2=-1)
+                safe = safe_in(self.dtype, diagonal.sum(-1).max().item(), damping)
+                diagonal += damping
+                return _log_determinants(factors[at]) if safe and lapack.factor(factors[at]) else None
+
+            logs = side_by_side(factorise, self.pieces(), self.index.device) if here else [None]
+            good = None not in logs
+            self._own = (damping, factors.mT, sum(logs)) if good else (damping, None, math.nan)
+        return self._own[1:]
+
+    def _room(self) -> Tensor:
+        return memory.zeros((*self.index.shape, self.index.shape[1]), self.dtype, self.index.device)
 
     @property
     def dtype(self) -> torch.dtype:
         """That of the blocks."""
         return self.matrices.dtype
 
+    def chunk(self, at: slice) -> Tensor:
+        """The matrices of some blocks."""
+        return self.matrices[at]
+
+    def pieces(self) -> list[slice]:
+        """Blocks that are factored together: a few at a time."""
+        return _pieces(len(self.index), self._step)
+
     def chunks(self) -> Iterator[Tensor]:
         """The matrices, a few at a time."""
-        yield from self.matrices.split(self._step)
+        return (self.chunk(at) for at in self.pieces())
 
     @property
     def _step(self) -> int:
@@ -169,7 +215,8 @@ class MomentBlocks:
         if self.index.shape[1] == 1:
             self._put(part / (self.matrices + damping), out)
         elif self.inverts:
-            self._put(_times(self.inverse(damping)[0], part), out)
+            factor, _ = self.own_factor(damping)
+            self._put(_times(self.inverse(damping)[0], part) if factor is None else solve_factored(factor, part), out)
         else:
             self._put(torch.cholesky_solve(part.double(), self.factor(damping)).to(v.dtype), out)
 
@@ -178,7 +225,8 @@ class MomentBlocks:
         if self.index.shape[1] == 1:
             return torch.log1p(self.matrices.double() / damping).sum().item()
         if self.inverts:
-            return self.inverse(damping)[1] - self.index.numel() * math.log(damping)
+            factor, logs = self.own_factor(damping)
+            return (self.inverse(damping)[1] if factor is None else logs) - self.index.numel() * math.log(damping)
         logs = self.factor(damping).diagonal(dim1=-2, dim2=-1).log()
         return (2 * logs.sum() - self.index.numel() * torch.tensor(damping, dtype=torch.float64).log()).item()
 
@@ -298,11 +346,17 @@ class RowBlocks:
 
     def _cholesky(self, damping: float) -> Tensor:
         if self._factor is None or self._factor[0] != damping:
-            self._factor = (
-                damping,
-                damped_cholesky(self.gram, damping, f"The Gram matrix of a block of size {self.index.shape[1]}"),
-            )
+            self._factor = (damping, self._factored(damping))
         return self._factor[1]
+
+    def _factored(self, damping: float) -> Tensor:
+        if lapack.knows(self.gram.dtype, self.gram.device):
+            damped = self.gram.clone()
+            damped.diagonal(dim1=-2, dim2=-1).add_(damping)
+            pieces = _pieces(len(damped), max(1, _CHUNK_BYTES // (8 * damped.shape[1] ** 2)))
+            if all(side_by_side(lambda at: lapack.factor(damped[at]), pieces, damped.device)):
+                return damped.mT
+        return damped_cholesky(self.gram, damping, f"The Gram matrix of a block of size {self.index.shape[1]}")
 
     def solve(self, v: Tensor, damping: float, out: Tensor) -> None:
         part = v[self.index]

@@ -9,16 +9,20 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fisherlens.approximations.blocks import MomentBlocks, RowBlocks, factor_for_inverse
+from fisherlens.approximations.blocks import MomentBlocks, RowBlocks, factor_for_inverse, safe_in
 from fisherlens.approximations.pieces import _input_norms as input_norms
 from fisherlens.approximations.pieces import homogeneous_inputs
+from fisherlens.linalg import lapack
 from fisherlens.linalg.dense import eigenpairs, solve_factored
+from fisherlens.linalg.threads import side_by_side
 from fisherlens.scores.dense import DenseScores
 
 # Bytes of signals between the two halves of a product with the inputs' blocks, and of blocks that are formed together: large enough for
 # matrix products, small enough to stay in the caches (our choice).
-_SIGNALS = 2**20
+_SIGNALS = 16 * 2**20
 _TOGETHER = 16 * 2**20
+# Size from which half of a block is left out when it is formed (our choice: below it products are too small).
+_PACKED_FROM = 32
 
 
 def matrix_of(scores: DenseScores, v: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -133,6 +137,7 @@ class InputBlocks(MomentBlocks):
         self._inverse: tuple[float, Tensor, float] | None = None
         self._logs: tuple[float, float] | None = None
         self._last: tuple[Tensor, Tensor] | None = None
+        self._own: tuple[float, Tensor | None, float] | None = None
         self._run = None
         self.inverts = False
 
@@ -163,12 +168,15 @@ class InputBlocks(MomentBlocks):
     def _step(self) -> int:
         return max(1, _TOGETHER // (4 * self.index.shape[1] ** 2))
 
-    def chunks(self) -> Iterator[Tensor]:
-        """The blocks, a few at a time, each chunk one matrix product."""
-        outer = torch.bmm(self._g.mT, self._g).flatten(1)
-        size = self.index.shape[1]
-        for some in self._squares.T.split(self._step):
-            yield (some @ outer).view(-1, size, size)
+    def chunk(self, at: slice) -> Tensor:
+        """Some blocks, one matrix product for as many examples as there is room for."""
+        size, squares = self.index.shape[1], self._squares.T[at]
+        out = squares.new_zeros(len(squares), size**2)
+        step = max(1, _TOGETHER // size**2)
+        for start in range(0, len(self._g), step):
+            g = self._g[start : start + step]
+            out.addmm_(squares[:, start : start + step], torch.bmm(g.mT, g).flatten(1))
+        return out.view(-1, size, size)
 
     def product(self, v: Tensor, out: Tensor) -> None:
         for x, y in _columns(v, out):
@@ -179,10 +187,11 @@ class InputBlocks(MomentBlocks):
         flat, (n, r) = self._g.flatten(0, 1), self._g.shape[:2]
         (weight, bias), (to_weight, to_bias) = matrix_of(self._scores, v), matrix_of(self._scores, out)
         if weight is not None:
-            step = max(64, _SIGNALS // (n * r * flat.itemsize))
+            step = min(weight.shape[1], max(64, _SIGNALS // (n * r * flat.itemsize)))
+            room = self._scores._empty(n * r, step)
             for start in range(0, weight.shape[1], step):
                 at = slice(start, min(start + step, weight.shape[1]))
-                z = flat @ weight[:, at]
+                z = torch.mm(flat, weight[:, at], out=room[:, : at.stop - at.start])
                 z.view(n, r, -1).mul_(self._squares[:, None, at])
                 torch.mm(flat.T, z, out=to_weight[:, at])
         if bias is not None:
@@ -223,16 +232,36 @@ class InputBlocks(MomentBlocks):
 
     def _pass(self, damping: float, v: Tensor | None = None, out: Tensor | None = None) -> float:
         """Σ_b log det(M_b + λI), and a solve on the way, keeping nothing else."""
-        total, start = 0.0, 0
-        for some in self.chunks():
-            factor = factor_for_inverse(some, damping)
-            total += 2 * factor.diagonal(dim1=-2, dim2=-1).double().log().sum().item()
+        packed = lapack.Packed(self.index.shape[1]) if self._packs(damping) else None
+        outer = None if packed is None else torch.bmm(self._g.mT, self._g).flatten(1)[:, packed.places]
+
+        def factored(at: slice) -> float:
+            index = self.index[at]
+            if packed is not None:
+                blocks = self._squares.T[at] @ outer
+                blocks[:, packed.diagonal] += damping
+                if packed.factor(blocks):
+                    if v is not None:
+                        solution = v[index].mT.contiguous()
+                        packed.solve(blocks, solution)
+                        out[index] = solution.mT
+                    return 2 * blocks[:, packed.diagonal].double().log().sum().item()
+            factor = factor_for_inverse(self.chunk(at), damping)
             if v is not None:
-                at = self.index[start : start + len(some)]
-                out[at] = solve_factored(factor, v[at].to(factor.dtype)).to(v.dtype)
-            start += len(some)
+                out[index] = solve_factored(factor, v[index].to(factor.dtype)).to(v.dtype)
+            return 2 * factor.diagonal(dim1=-2, dim2=-1).double().log().sum().item()
+
+        total = sum(side_by_side(factored, self.pieces(), self.index.device))
         self._logs, self._last = (damping, total), None
         return total
+
+    def _packs(self, damping: float) -> bool:
+        """Whether only the lower triangles of blocks are formed, and factored in the dtype of the scores."""
+        size = self.index.shape[1]
+        traces = self._g.square().sum((1, 2)) @ self._squares
+        few = len(self._g) * size**2 <= _TOGETHER
+        known = size >= _PACKED_FROM and lapack.knows(self.dtype, self.index.device)
+        return known and few and safe_in(self.dtype, traces.max().item(), damping)
 
     def log_determinant(self, damping: float) -> float:
         if not self.inverts or (self._inverse is not None and self._inverse[0] == damping):

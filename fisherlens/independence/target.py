@@ -163,7 +163,8 @@ class Target:
             return images, (F.solver.solve(r, damping) if r.shape[1] else r), None
         z = F.scores.matmat(both)
         along = z[:, :k].clone()
+        z.div_(F.total_weight)
         if r.shape[1]:
-            z[:, k:] = torch.cholesky_solve(z[:, k:].double(), F.solver.factor(damping)).to(z.dtype)
-        y = F.scores.rmatmat(z.div_(F.total_weight))
-        return y[:, :k].add_(v, alpha=damping), y[:, k:].sub_(r).div_(-damping), along
+            z[:, k:] = (torch.cholesky_solve(z[:, k:].double(), F.solver.factor(damping)) / -damping).to(z.dtype)
+        y = F.scores.rmatmat(z)
+        return y[:, :k].add_(v, alpha=damping), y[:, k:].add_(r, alpha=1 / damping), along

@@ -64,7 +64,9 @@ class DenseScores(LayerScores):
             self._by_units(v, z)
         elif self.layer.weight:
             a = self.a.reshape(n, t, self.d_i)
-            weight = v[: self.n_weight].T.contiguous().view(k, d_o, self.d_i)
+            weight = v[: self.n_weight].T
+            # vectors that are contiguous one by one are taken where they lie
+            weight = (weight if v.stride(0) == 1 else weight.contiguous()).unflatten(1, (d_o, self.d_i))
             for i, m, h in self._signals(k):
                 inputs = a[i : i + m].reshape(m * t, self.d_i).expand(k, -1, -1)
                 torch.bmm(inputs, weight.mT, out=h.view(k, m * t, d_o))
