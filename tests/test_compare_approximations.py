@@ -147,6 +147,23 @@ def test_energy_is_told_of_exact_blocks_only():
     assert np.allclose((both["energy_captured"] + both["dropped_coupling"]).sel(approximation="unit"), 1)
 
 
+def test_factored_damping_is_judged_where_the_factors_are_exact():
+    """The last layer of a Gaussian network: G does not depend on the example, so that G ⊗ A is F; its factored damping is not F + λ."""
+    F = case("gaussian_three_outputs").fisher()
+    name = F.layout.layer_names[-1]
+    exact, factored = fl.KFAC(F), fl.KFAC(F, damping="factored")
+    assert exact.within_block_errors()[name] <= 1e-15 * F.frobenius_norm() ** 2
+    ds = fl.compare_approximations(F, [exact, factored], damping=LAMBDA).sel(layer=name)
+    layer = F.layout.layer(name)
+    at = slice(layer.start, layer.stop)
+    T, g = F.dense()[at, at], F.gradient()[at]
+    for row, one in enumerate((exact, factored)):
+        want = expected(T, damped_twin(one, LAMBDA)[at, at], [torch.arange(layer.size)], g, LAMBDA)
+        for key in ("natural_gradient_cosine", "decrease_ratio", "kl_divergence", "condition_number"):
+            assert ds[key][row].item() == pytest.approx(want[key], rel=1e-8, abs=1e-10), (row, key)
+    assert ds.condition_number[0] < 1 + 1e-9 < 1.1 < ds.condition_number[1]
+
+
 def test_what_may_stand_for_an_approximation():
     F = case("mlp_tanh").fisher()
     own = {"a": torch.arange(0, 79, 2), "b": torch.arange(1, 79, 2)}

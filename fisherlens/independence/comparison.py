@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fisherlens.approximations import Approximation, BlockDiagonal
+from fisherlens.approximations import Approximation, BlockDiagonal, Diagonal
 from fisherlens.errors import InputError, MemoryBudgetError, UnsupportedModuleError
 from fisherlens.fisher import Fisher, require_fisher
 from fisherlens.independence.judge import energy, errors_of
@@ -223,6 +223,8 @@ class _Compared:
         exact = within.value == 0
         if exact:
             put(row, place, energy(target, own.sizes, inside()))
+        # elsewhere a difference of norms may have rounded to 0, and what is inverted may be damped in a form of its own
+        exact = exact and type(part) in (BlockDiagonal, Diagonal)
         by_layers = exact and isinstance(part, BlockDiagonal) and layer is None and on_layers(F, own)
         return StandIn(name, part, own.sizes, exact_blocks=exact, by_layers=by_layers)
 

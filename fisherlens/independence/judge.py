@@ -83,7 +83,7 @@ def predicted_steps(low: float, high: float) -> float:
     if not math.isfinite(low + high):
         return math.nan
     shrink = (high - low) / (high + low)
-    return -1 / math.log(shrink) if shrink > 0 else 0.0
+    return -1 / math.log(shrink) if shrink > 1e-12 else 0.0  # less is rounding
 
 
 def _divergence(target: Target, stand_in: StandIn, damping: float) -> Value:
