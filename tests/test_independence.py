@@ -252,6 +252,13 @@ def test_what_is_refused():
         fl.independence(F, "unti")
 
 
+def test_partitions_are_a_sequence():
+    F = case("mlp_tanh").fisher()
+    for wrong in (None, 5):
+        with pytest.raises(TypeError, match="partitions must be a sequence of schemes"):
+            fl.independence(F, wrong)
+
+
 def test_a_single_partition_needs_no_list():
     F = case("mlp_tanh").fisher()
     for one in ("unit", fl.partition(F, "unit"), {"everything": range(79)}):

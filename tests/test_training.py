@@ -327,6 +327,19 @@ def test_bad_arguments_are_named():
         train(nn.Linear, data, sgd(), num_steps=1)
     with pytest.raises(InputError, match="at least one optimizer and at least one seed, each once; got \\[\\]"):
         compare_optimizers(data, {}, num_steps=1, seeds=1)
+    entries = {"a": sgd()}
+    for seeds, text in (
+        ("ab", "got str 'ab'"),
+        (None, "got NoneType"),
+        (True, "got bool"),
+        ([0.5], r"Every seed must be an int; got float 0\.5"),
+    ):
+        with pytest.raises(TypeError, match=text):
+            compare_optimizers(data, entries, num_steps=1, seeds=seeds)
+    with pytest.raises(
+        TypeError, match=r"'a' is the class SGD of torch, .* Write a function: lambda model: torch\.optim\.SGD\("
+    ):
+        compare_optimizers(data, {"a": torch.optim.SGD}, num_steps=1, seeds=1)
     with pytest.raises(InputError, match=r"got \['a'\] and seeds \[1, 1\]"):
         compare_optimizers(data, {"a": sgd()}, num_steps=1, seeds=[1, 1])
     with pytest.raises(TypeError, match=r"^optimizers must be a dict label -> \(model -> Optimizer\); got function\.$"):

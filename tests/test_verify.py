@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import matplotlib as mpl
@@ -332,6 +333,18 @@ def test_a_claim_that_the_problem_does_not_admit_is_left_out(line, monkeypatch):
         fl.verify(line, "metric", seeds=1)
 
 
+def test_claims_that_train_are_left_out_where_the_loss_is_not_known():
+    x = torch.randn(12, 2, generator=torch.Generator().manual_seed(0))
+    data = (x, x[:, :1].sin())
+    problem = fl.Problem(
+        "noisy", "Mean and variance.", lambda: nn.Linear(2, 2), data, data, fl.HeteroscedasticGaussian()
+    )
+    with pytest.warns(NumericalWarning, match="was not checked: The claim needs the loss of 'heteroscedastic"):
+        found = fl.verify(problem, ("metric", "convergence", "sharing"), seeds=1)
+    assert {name.split("/")[0] for name in found.claim.values.tolist()} == {"metric"}
+    assert set(json.loads(found.attrs["skipped"])) == {"convergence", "sharing"}
+
+
 def test_series_of_claims_do_not_overwrite_each_other(line, monkeypatch):
     words = {"long_name": "something", "units": "1"}
     row = equal("metric/x", "Words.", [(1, 1)], 0.1)
@@ -357,6 +370,11 @@ def test_series_of_claims_do_not_overwrite_each_other(line, monkeypatch):
         ({"kind": "hessian"}, InputError, "Unknown kind 'hessian'"),
         ({"seeds": 0}, InputError, "at least one seed, each once; got 0"),
         ({"seeds": [1, 1]}, InputError, r"at least one seed, each once; got \[1, 1\]"),
+        ({"seeds": [0.5]}, TypeError, r"Every seed must be an int; got float 0\.5 in \[0\.5\]\."),
+        ({"claims": 5}, TypeError, "claims must be None, the name of a claim or a list of them; got int"),
+        ({"damping": "x"}, InputError, "damping must be a finite number > 0; got 'x'"),
+        ({"damping": True}, InputError, "damping must be a finite number > 0; got True"),
+        ({"device": "cdua"}, InputError, "Unknown device 'cdua'"),
         ({"seeds": "3"}, TypeError, "seeds must be a number of seeds or a sequence of them; got str '3'"),
         ({"num_examples": 0}, InputError, "num_examples must be at least 1; got 0"),
         ({"damping": 0.0}, InputError, r"damping must be a finite number > 0; got 0\.0"),

@@ -23,7 +23,7 @@ Vector = Tensor | Mapping[str, Tensor]
 def check_damping(damping: float) -> float:
     """Return a finite damping > 0 as a float; anything else is an InputError."""
     try:
-        value = float(damping)
+        value = float("nan") if isinstance(damping, bool) else float(damping)
     except (TypeError, ValueError):
         value = float("nan")
     if not 0 < value < float("inf"):

@@ -116,6 +116,11 @@ def independence(
     options = check_options(method, num_probes, num_matvecs, seed, tol)
     if isinstance(partitions, (str, Partition, dict)):
         partitions = [partitions]
+    if not isinstance(partitions, Sequence):
+        raise TypeError(
+            f"partitions must be a sequence of schemes, Partition objects and dicts of blocks; got {type(partitions).__name__}. "
+            "Leave it out for the usual ones."
+        )
     if not len(partitions):
         raise InputError("partitions is empty; give at least one scheme, Partition or dict of blocks.")
     schemes = [make_partition(F, p) for p in partitions]

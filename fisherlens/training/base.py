@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -134,6 +135,21 @@ def check_count(value: object, name: str) -> int:
     if value < 1:
         raise InputError(f"{name} must be at least 1; got {value}.")
     return value
+
+
+def check_seeds(seeds: object) -> list[int]:
+    """Return the seeds 0, 1, … of a number of them, or the seeds that are given, after a look at their types."""
+    number = isinstance(seeds, int) and not isinstance(seeds, bool)
+    if not number and (isinstance(seeds, str) or not isinstance(seeds, Sequence | np.ndarray)):
+        raise TypeError(
+            f"seeds must be a number of seeds or a sequence of them; got {type(seeds).__name__} {seeds!r}. "
+            "Pass seeds=3 for 0, 1 and 2, or seeds=[3, 7]."
+        )
+    found = list(range(seeds)) if number else list(seeds)  # type: ignore[call-overload]
+    for seed in found:
+        if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+            raise TypeError(f"Every seed must be an int; got {type(seed).__name__} {seed!r} in {seeds!r}.")
+    return [int(seed) for seed in found]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import nn
 from fisherlens._progress import progress as progress_bar
 from fisherlens.errors import InputError
 from fisherlens.likelihoods import Bernoulli, Categorical
-from fisherlens.training.base import check_count
+from fisherlens.training.base import check_count, check_seeds
 from fisherlens.training.jobs import Counter, Here, Job, setting_of
 from fisherlens.training.loop import MakeOptimizer, Ticker, build
 from fisherlens.training.problems import Problem, seeded
@@ -133,7 +133,7 @@ def compare_optimizers(
     every = default_record_every(num_steps) if record_every is None else record_every
     numbers = {"num_steps": num_steps, "batch_size": batch_size, "record_every": every, "num_eval": num_eval}
     setting = setting_of(problem, numbers)
-    seeds = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
+    seeds = check_seeds(seeds)
     if not optimizers or not seeds or len(set(seeds)) < len(seeds):
         raise InputError(
             f"A comparison needs at least one optimizer and at least one seed, each once; got {list(optimizers)} and seeds {seeds}."

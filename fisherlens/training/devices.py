@@ -9,7 +9,21 @@ from functools import partial
 import torch
 from torch import nn
 
+from fisherlens.errors import InputError
 from fisherlens.training.base import Problem
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    """Return a device that is there, by itself or by name."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise InputError(f"Unknown device {device!r}. Known: 'cpu', 'cuda', 'cuda:0', …") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"Device {str(found)!r} was asked for, but torch finds no CUDA device here. Use 'cpu', or leave it out."
+        )
+    return found
 
 
 def on_device(problem: Problem, device: torch.device | str) -> Problem:

@@ -95,6 +95,11 @@ def build(
             f"Optimizer {label!r} must be a function model -> torch.optim.Optimizer, because every run trains a new model; "
             f"got {type(make_optimizer).__name__}. For example: lambda model: torch.optim.SGD(model.parameters(), lr=0.1)."
         )
+    if isinstance(make_optimizer, type) and make_optimizer.__module__.startswith("torch.optim"):
+        raise TypeError(
+            f"Optimizer {label!r} is the class {make_optimizer.__name__} of torch, which takes parameters and not a network. Write a function: "
+            f"lambda model: torch.optim.{make_optimizer.__name__}(model.parameters(), lr=0.1)."
+        )
     made = make_optimizer(model, **(options or {}))
     pair = isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], LRScheduler)
     optimizer, scheduler = made if pair else (made, None)

@@ -71,6 +71,7 @@ def convergence(
     rate, and one that diverges ranks last. Curves ``convergence_condition_number``, ``_decrease_ratio``, ``_steps`` and ``_loss`` over
     segmentations, and ``_rate``.
     """
+    subjects[0].require_loss()
     starts = [subject.initial for subject in subjects]
     parts = [chosen(start, partitions) for start in starts]
     names = [name for name in parts[0] if all(name in one for one in parts)]

@@ -14,8 +14,10 @@ import torch
 from fisherlens import errors
 from fisherlens._progress import progress as progress_bar
 from fisherlens.errors import FisherLensError, InputError, NumericalWarning
+from fisherlens.fisher import check_damping
 from fisherlens.scores import KINDS
-from fisherlens.training.base import Problem, check_count
+from fisherlens.training.base import Problem, check_count, check_seeds
+from fisherlens.training.devices import check_device
 from fisherlens.training.problems import problem as problem_by_name
 from fisherlens.training.record import describe
 from fisherlens.training.verify.claim import Claim, Curve, Row
@@ -157,8 +159,9 @@ def verify(
             raise InputError(errors.UNKNOWN_NAME.format(what=what, name=value, hint=errors.nearest(value, known)))
     if num_examples is not None:
         check_count(num_examples, "num_examples")
-    if damping is not None and not 0 < damping < float("inf"):
-        raise InputError(errors.DAMPING.format(damping=damping))
+    if damping is not None:
+        damping = check_damping(damping)
+    device = None if device is None else check_device(device)
 
     found: dict[str, Claim] = {}
     skipped: dict[str, FisherLensError] = {}
@@ -203,6 +206,8 @@ def verify(
 
 def _chosen(claims: str | Sequence[str] | None) -> dict[str, set[str]]:
     """The claims to check, in their order, each with the rows that were asked for by name; none of them means all."""
+    if claims is not None and not isinstance(claims, str | Sequence | set | frozenset):
+        raise TypeError(f"claims must be None, the name of a claim or a list of them; got {type(claims).__name__}.")
     given = list(_CLAIMS) if claims is None else [claims] if isinstance(claims, str) else list(claims)
     if not given:
         raise InputError(f"claims must name at least one claim; got none. Known: {', '.join(_CLAIMS)}; None takes all.")
@@ -226,9 +231,7 @@ def _only(claim: Claim, rows: set[str]) -> Claim:
 
 
 def _seeds(seeds: int | Sequence[int]) -> list[int]:
-    if isinstance(seeds, bool) or not isinstance(seeds, int | Sequence | np.ndarray) or isinstance(seeds, str):
-        raise TypeError(f"seeds must be a number of seeds or a sequence of them; got {type(seeds).__name__} {seeds!r}.")
-    found = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
+    found = check_seeds(seeds)
     if not found or len(set(found)) < len(found):
         raise InputError(f"A verification needs at least one seed, each once; got {seeds!r}.")
     return found

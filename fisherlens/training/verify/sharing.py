@@ -77,6 +77,7 @@ def sharing(
     weights: what is not drift) and ``sharing_gram``.
     """
     first = subjects[0]
+    first.require_loss()
     when = tuple(_AGES.get(first.preset, _AGES["quick"]) if ages is None else ages)
     found: list[dict[str, Drift]] = []
     for subject in subjects:

@@ -196,7 +196,7 @@ class Subject:
 
     def loss(self, theta: Tensor) -> float:
         """Mean negative log-likelihood on the data at flat parameters, in nat; NaN or infinity where it has none."""
-        self._require_loss()
+        self.require_loss()
         with torch.no_grad():
             return float(mean_loss(self.likelihood, self.outputs(theta), self.data[1]))
 
@@ -206,7 +206,7 @@ class Subject:
 
     def loss_and_gradient(self, theta: Tensor) -> tuple[float, Tensor]:
         """Both, for the price of the gradient."""
-        self._require_loss()
+        self.require_loss()
         leaves = {name: value.clone().requires_grad_() for name, value in self.layout.unflatten(theta).items()}
         with torch.enable_grad():
             outputs = _logits(functional_call(self.model, leaves, (self.data[0],)))
@@ -221,7 +221,8 @@ class Subject:
         """Gradient at :attr:`theta`."""
         return self.gradient_at(self.theta)
 
-    def _require_loss(self) -> None:
+    def require_loss(self) -> None:
+        """Refuse a likelihood whose loss training does not know."""
         if not isinstance(self.likelihood, _TRAINED):
             raise InputError(_LOSS.format(name=self.likelihood.name))
 
