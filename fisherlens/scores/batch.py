@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -48,7 +48,15 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
         moved = self.targets.to(device) if isinstance(self.targets, Tensor) else self.targets
-        return Batch(map_tensors(self.inputs, lambda x: x.to(device)), moved, self.size, self.where)
+        there = Batch(map_tensors(self.inputs, lambda x: x.to(device)), moved, self.size, self.where)
+        # no graph may hold what was made under inference mode, by a loader say
+        return there.own() if any(x.is_inference() for x in there.tensors()) else there
+
+    def own(self) -> Batch:
+        """A copy: whatever the user, or a loader that fills its buffers anew, does to the data later does not reach it."""
+        with torch.inference_mode(False):
+            targets = None if self.targets is None else self.targets.clone()
+            return replace(self, inputs=map_tensors(self.inputs, lambda x: x.clone()), targets=targets)
 
     def tensors(self) -> list[Tensor]:
         """Inputs and targets."""
@@ -104,11 +112,12 @@ def joined(batches: Iterable[Batch], most: int) -> Iterator[Batch]:
             yield _as_one(held)
             held = []
         held.append(batch)
-        if (
-            sum(b.size for b in held) + batch.size > most
-        ):  # another of this size would not fit: no need to read it first
+        # what joins nothing, or leaves no room for another of its size, is handed on before the next is read
+        if not isinstance(batch.inputs, Tensor) or sum(b.size for b in held) + batch.size > most:
             yield _as_one(held)
             held = []
+        else:
+            held[-1] = batch.own()  # a loader may fill the same memory with the next batch
     if held:
         yield _as_one(held)
 
@@ -138,7 +147,8 @@ def _as_one(batches: Sequence[Batch]) -> Batch:
     if len(batches) == 1:
         return batches[0]
     columns = zip(*(batch.tensors() for batch in batches), strict=True)
-    inputs, *targets = (torch.cat(column) for column in columns)
+    with torch.inference_mode(False):
+        inputs, *targets = (torch.cat(column) for column in columns)
     where = f"{batches[0].where} to {batches[-1].where}"
     return Batch(inputs, targets[0] if targets else None, sum(batch.size for batch in batches), where)
 
@@ -190,10 +200,15 @@ def _fingerprint(x: Tensor) -> int:
 
 
 def _checksum(x: Tensor) -> int:
-    """Of all bytes, in exact arithmetic on the device: words times random odd weights, summed modulo 2^64 by rows, then the CRC of the sums."""
+    """Of all bytes, in exact arithmetic on the device: words times random odd weights, summed modulo 2^64 by rows, then the CRC of the sums.
+
+    The upper halves of the words are summed once more as numbers of their own: modulo 2^64 a product keeps nothing of a weight beside the
+    highest bit of a word, so that where signs change, or change places, only the parity of their number would show.
+    """
     x = x.clone() if x.storage_offset() % 8 else x
     whole = x.numel() // (8 * _WORDS) * (8 * _WORDS)
-    sums = (x[:whole].view(torch.int64).view(-1, _WORDS) * _weights(x.device)).sum(1)
+    words, weights = x[:whole].view(torch.int64).view(-1, _WORDS), _weights(x.device)
+    sums = torch.stack([(words * weights).sum(1), (words >> 32).mul_(weights).sum(1)])
     return zlib.crc32(x[whole:].cpu().numpy(), zlib.crc32(sums.cpu().numpy()))
 
 

@@ -21,7 +21,7 @@ from fisherlens.scores.recorder import Recorder, Unexplained, leaf_gradients, pr
 from fisherlens.scores.replay import Replay
 from fisherlens.scores.source import Batch, Source
 from fisherlens.scores.streamed import StreamedMatrix
-from fisherlens.scores.tangents import settle_products
+from fisherlens.scores.tangents import joins, settle_products
 from fisherlens.scores.witness import Witness, add
 
 # Examples on which a model is checked: enough that a wrong order of them shows (our choice).
@@ -73,7 +73,7 @@ def capture(
     check_model(model, layout)
     first = dict(model.named_parameters())[layout.names[0]]
     like = torch.empty(0, dtype=torch.float32 if first.dtype in LOW_PRECISION else first.dtype, device=first.device)
-    with preserved_randomness(like.device):
+    with torch.inference_mode(False), preserved_randomness(like.device):
         source = Source(data, like.device, check=check_deterministic)
         sample = first_examples(source)
         without_rule: set[str] = set()
@@ -88,6 +88,8 @@ def capture(
             matrix_type = None
             if plan.streamed or plan.linearised:
                 plan, matrix_type = settle_products(collector, plan, sizes, sample, budget)
+            if matrix_type is not None:
+                collector.joins = joins(recorder, source, sample)
             collector.prepare(plan, budget, source.sizes)
             try:
                 return _first_pass(collector, source, matrix_type, seed, budget, progress)

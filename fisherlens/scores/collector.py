@@ -98,6 +98,7 @@ class Collector:
         self.rank_per_term, self.output_shape = likelihood.rank_per_term(outputs.shape), outputs.shape[1:]
         self.graph_bytes = self.pass_bytes = recorder.graph_bytes(sample)
         self._num_uniforms, self._sample_size = bound.num_uniforms, sample.size
+        self.joins = True  # whether the model may be given several small batches as one
         layout = recorder.layout
         maps = {name: flattened_map(u[0]) for name, u in self.uses.items() if u and layout.layer(name).kind == "dense"}
         recorder.layout = self.layout = layout.with_input_maps({name: found for name, found in maps.items() if found})
@@ -139,7 +140,8 @@ class Collector:
         else:
             # the first pass sums gradients of two kinds in float64, and a product holds twice what its pass over a piece does, for a while
             step_of_one = self.linear_step(1)
-            piece = min(step_of_one, max(n, joined_size(batches, min(step_of_one, _JOINED)))) * self.pass_bytes
+            together = joined_size(batches, min(step_of_one, _JOINED)) if self.joins else n
+            piece = min(step_of_one, max(n, together)) * self.pass_bytes
             self.plan.transient_nbytes = int(max(piece + (6 * size + 34) * p, 1.85 * piece + 5 * size * p))
         return step
 
@@ -180,7 +182,7 @@ class Collector:
         """
         draws = Draws(self._num_uniforms, self.mc_samples, self.mc_sampling, seed)
         done, step = 0, step or self.step
-        for whole in joined(source.batches(), min(step, _JOINED)) if join else source.batches():
+        for whole in joined(source.batches(), min(step, _JOINED)) if join and self.joins else source.batches():
             for begin in range(0, whole.size, step):
                 batch = whole.part(begin, begin + step)
                 yield Piece(slice(done, done + batch.size), batch, draws.take(batch.size))

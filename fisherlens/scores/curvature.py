@@ -14,13 +14,13 @@ from fisherlens._progress import progress as progress_bar
 from fisherlens.errors import InputError, NonFiniteError, UnsupportedModuleError
 from fisherlens.layout import Layout
 from fisherlens.likelihoods import BoundLikelihood, Likelihood
-from fisherlens.scores.batch import map_tensors
 from fisherlens.scores.capture import as_module, first_examples
 from fisherlens.scores.checks import LOW_PRECISION, check_model
+from fisherlens.scores.held import held_bytes
 from fisherlens.scores.loss import check_differentiable, loss_gradient
 from fisherlens.scores.loss_graph import LossGraph, check_differences, check_nodes, check_symmetric
 from fisherlens.scores.plan import Plan, Sizes, make_plan
-from fisherlens.scores.recorder import Recorder, flattened_map, preserved_randomness, probe
+from fisherlens.scores.recorder import Recorder, flattened_map, preserved_randomness, probe, unexplained
 from fisherlens.scores.source import Batch, Source, tensors_of
 
 # Bytes of the graph of one piece: larger passes gain nothing on a CPU and lose the caches (our choice).
@@ -73,6 +73,7 @@ class LossCurvature:
             sample_at = slice(0, sample.size)  # which examples they are does not matter for what is learnt from them
             bound = self._bind(outputs, sample, sample_at)
             check_differentiable(likelihood, bound, outputs, sample.targets, sample.where, sample_at)
+            self.recorder.release(unexplained(self.recorder, sample))
             uses = self.recorder.forward(sample)[1]
             maps = {n: flattened_map(u[0]) for n, u in uses.items() if u and layout.layer(n).kind == "dense"}
             self.recorder.layout = self.layout = layout.with_input_maps(
@@ -149,7 +150,7 @@ class LossCurvature:
         graphs = []
         with progress_bar(self.n_data, desc="Gradient of the loss", enabled=progress) as bar:
             for batch, at in self._pieces():
-                graph = self._graph(_own(batch) if self.kept else batch, at, self.layout.names)
+                graph = self._graph(batch.own() if self.kept else batch, at, self.layout.names)
                 gradient += graph.flat_gradient()
                 weight += graph.weight.sum()
                 if self.kept:
@@ -180,7 +181,8 @@ class LossCurvature:
         infos = [self.layout[name] for name in names]
         rows = v.T.to(self.dtype).contiguous()
         split = zip(infos, rows.split([info.numel for info in infos], dim=1), strict=True)
-        tangents = {info.name: piece.reshape(len(rows), *info.shape) for info, piece in split}
+        # memory of its own each: a parameter that is viewed as complex numbers must not begin in the middle of one
+        tangents = {info.name: piece.clone().reshape(len(rows), *info.shape) for info, piece in split}
         sum_dtype = torch.float64 if self.num_pieces > 1 else self.dtype
         out = torch.zeros(rows.shape, dtype=sum_dtype, device=self.device)
         for graph in self._each_graph(names):
@@ -225,7 +227,7 @@ class LossCurvature:
             name: torch.randn(2, *leaf.shape, generator=generator, dtype=torch.float64).to(self.device, leaf.dtype)
             for name, leaf in self.recorder.leaves().items()
         }
-        flat = torch.cat([t.flatten(1) for t in tangents.values()], dim=1).double()
+        flat = torch.cat([t.reshape(2, -1) for t in tangents.values()], dim=1).double()
         found, together = torch.zeros_like(flat), torch.zeros_like(flat)
         failure: RuntimeError | None = None
         for plain in (False, True) if self.device.type == "cuda" else (False,):
@@ -311,20 +313,5 @@ class LossCurvature:
         return plan
 
     def _graph_bytes(self, batch: Batch, at: slice) -> int:
-        known = {x.untyped_storage().data_ptr() for x in (*self.recorder.leaves().values(), *tensors_of(batch.inputs))}
-        held: dict[int, Tensor] = {}
-
-        def note(x: Tensor) -> Tensor:
-            if x.layout == torch.strided and x.untyped_storage().data_ptr() not in known:
-                held[x.untyped_storage().data_ptr()] = x  # kept alive, so that no address is used twice
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-            self._graph(batch, at, self.layout.names)
-        return sum(x.untyped_storage().nbytes() for x in held.values())
-
-
-def _own(batch: Batch) -> Batch:
-    """A copy of the data: a kept graph must not see what the user does to the data later."""
-    targets = None if batch.targets is None else batch.targets.clone()
-    return replace(batch, inputs=map_tensors(batch.inputs, lambda x: x.clone()), targets=targets)
+        known = (*self.recorder.leaves().values(), *tensors_of(batch.inputs))
+        return held_bytes(lambda: self._graph(batch, at, self.layout.names), known, keep=True)

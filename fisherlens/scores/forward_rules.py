@@ -18,8 +18,9 @@ class ForwardRules(TorchFunctionMode):
     """Gives table look-ups the derivative along a direction that their gradient has, and layers no more work than they need.
 
     Backwards, the row of the padding index receives nothing, while the forward rule of torch lets it through; and a sparse
-    gradient cannot be differentiated again. Of linear maps and convolutions torch computes the derivative by the input also where
-    that is data and does not change: a quarter of the linearised forward pass of a network whose first layer is the largest.
+    gradient cannot be differentiated again, nor rightly that of a normalised weight. Of linear maps and convolutions torch computes the
+    derivative by the input also where that is data and does not change: a quarter of the linearised forward pass of a network whose
+    first layer is the largest.
 
     Parameters
     ----------
@@ -40,6 +41,8 @@ class ForwardRules(TorchFunctionMode):
     ) -> Any:
         if function is embedding:
             return _look_up(*args, **(kwargs or {}))
+        if function is torch._weight_norm:
+            return _normalised_weight(*args, **(kwargs or {}))
         if self.layers and function in _LAYERS:
             return _layer(function, *args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
@@ -51,6 +54,11 @@ def _look_up(input: Tensor, weight: Tensor, padding_idx: int | None = None, *_: 
     if padding_idx is None:
         return rows
     return torch.where((input == padding_idx % len(weight))[..., None], rows.detach(), rows)
+
+
+def _normalised_weight(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    # the fused kernel has a wrong second derivative (torch 2.13: not symmetric, by a fifth of its size)
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 def _layer(

@@ -25,6 +25,7 @@ from fisherlens.scores.checks import LOW_PRECISION, check_outputs, random_module
 from fisherlens.scores.conv import ConvGeometry, conv_rows
 from fisherlens.scores.embedding import embedding_rows
 from fisherlens.scores.forward_rules import ForwardRules
+from fisherlens.scores.held import held_bytes
 from fisherlens.scores.norm import norm_rows
 from fisherlens.scores.source import Batch, call, describe, output_tensor, tensors_of
 
@@ -150,18 +151,8 @@ class Recorder:
         """Bytes per example that the graph of a forward pass, or of what ``run`` makes of the leaves, holds beside known tensors."""
         leaves = self.leaves()
         run = run or (lambda values: self.outputs_with_graph(batch, values))
-        known = {x.untyped_storage().data_ptr() for x in (*leaves.values(), *tensors_of(batch.inputs), *known)}
-        held: dict[int, int] = {}
-
-        def note(x: Tensor) -> Tensor:
-            if x.untyped_storage().data_ptr() not in known:
-                held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-            made = run(leaves)
-            del made
-        return sum(held.values()) // batch.size
+        known = (*leaves.values(), *tensors_of(batch.inputs), *known)
+        return held_bytes(lambda: run(leaves), known) // batch.size
 
     def outputs_with_graph(self, batch: Batch, leaves: Mapping[str, Tensor]) -> Tensor:
         """Outputs as a twice differentiable function of the leaves, whatever gradient mode surrounds the call."""

@@ -81,6 +81,11 @@ class Source:
         if seen:
             self._known = seen
 
+    @property
+    def whole(self) -> bool:
+        """Whether the data are tensors rather than batches that are read one by one."""
+        return self._whole is not None
+
     def remember(self) -> None:
         """From now on the data must stay what they are, also tensors that the user may change in place."""
         if self.check and self._known is None:

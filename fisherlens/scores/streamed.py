@@ -146,7 +146,9 @@ class StreamedMatrix(ScoreMatrix):
         if collector.plan.linearised:
             for piece in self.stream.pieces():
                 leaves = collector.recorder.leaves()
-                outputs = collector.recorder.outputs_with_graph(piece.batch, leaves)
+                # a graph holds its inputs, which a loader may write over; whole tensors are compared in every pass
+                batch = piece.batch if source.whole else piece.batch.own()
+                outputs = collector.recorder.outputs_with_graph(batch, leaves)
                 self._graphs[piece.at.start] = Graph(outputs, leaves, keep=True)
 
     def restrict(self, names: Sequence[str]) -> ScoreMatrix:
