@@ -258,3 +258,17 @@ def test_what_is_refused(monkeypatch):
     wide.memory = 10**6
     with pytest.raises(MemoryBudgetError, match="The bootstrap works on 2103 score rows at once"):
         replicate(wide, 20, 0)
+
+
+def test_scores_that_are_not_kept():
+    """The weights of the examples are known whatever is kept."""
+    c = case("mlp_tanh")
+    kept, streamed = c.fisher(), c.fisher(memory=1200)
+    assert streamed.plan.streamed
+    for F in (kept, streamed):
+        assert replicate(F, 20, 0).n_data == kept.n_data
+    found, truth = (fl.spectrum(F, bootstrap=20) for F in (streamed, kept))
+    for name in ("eigenvalue_low", "eigenvalue_sem", "trace_high"):
+        np.testing.assert_allclose(found[name], truth[name], rtol=1e-8, atol=1e-12)
+    with pytest.raises(InputError, match="seed must be an integer >= 0, of the bootstrap; got -1"):
+        fl.spectrum(kept, bootstrap=20, seed=-1)

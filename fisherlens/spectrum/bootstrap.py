@@ -93,6 +93,7 @@ def replicate(F: Any, replicates: int, seed: int, index: Tensor | None = None) -
     ------
     InputError: no Fisher with score rows, fewer than two examples with weight. MemoryBudgetError: the Gram matrix does not fit.
     """
+    check_count("seed", seed, 0, "of the bootstrap")
     rows = _Rows(F, index)
     generator = np.random.default_rng(seed)
     point = rows.spectrum(np.ones(rows.count))
@@ -143,7 +144,7 @@ class _Rows:
             )
         if F.kind == "hessian":
             raise InputError(errors.NO_SCORE_ROWS)
-        weight = torch.cat([bound.weight.sum(1) for bound in F._bound]).cpu().numpy()
+        weight = F.replay.weight.cpu().numpy()
         r = F.n_columns
         kept = np.arange(F.scores.rows) if F.scores.kept is None else F.scores.kept.cpu().numpy().nonzero()[0]
         used, self.example = np.unique(kept // r, return_inverse=True)
