@@ -163,6 +163,15 @@ def test_plain_operators():
     assert np.allclose(shifted, reference.spectrum(case("mlp_tanh").matrix).numpy() + 0.1)
 
 
+def test_a_callable_may_answer_in_one_tensor_of_its_own():
+    d, answer = torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64), torch.empty(3, dtype=torch.float64)
+    A = fl.Operator(lambda v: torch.mul(v, d, out=answer), 3)
+    assert torch.equal(A @ torch.eye(3, dtype=torch.float64), torch.diag(d))
+    assert fl.spectrum(A)["eigenvalue"].values.tolist() == [3.0, 2.0, 1.0]
+    with torch.inference_mode():
+        assert float(fl.estimate_trace(A, method="hutchinson")["trace"]) == pytest.approx(6.0, rel=1e-12)
+
+
 def test_operators_that_are_refused():
     skew = torch.tensor([[1.0, 5.0], [0.0, 1.0]], dtype=torch.float64)
     with pytest.raises(
@@ -171,6 +180,14 @@ def test_operators_that_are_refused():
         fl.spectrum(operator(skew))
     with pytest.raises(NonFiniteError, match="The callable of the operator gave NaN"):
         fl.spectrum(fl.Operator(lambda v: v / 0, 3))
+    d = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    for block in (False, True):
+        inplace = fl.Operator(lambda v, b=block: v.mul_(d[:, None] if v.ndim == 2 else d), 3, block=block)
+        for function in (fl.spectrum, fl.estimate_trace, fl.spectral_density, lambda A: fl.top_eigenvalues(A, 1)):
+            with pytest.raises(
+                InputError, match=r"The callable of the operator wrote into the vector that it was given"
+            ):
+                function(inplace)
     with pytest.raises(InputError, match=r"by= cuts named parameters into blocks, but Operator has no layout"):
         fl.spectrum(operator(skew), by="unit")
     with pytest.raises(TypeError, match=r"Expected a fisherlens\.Fisher, one of its approximations, or fl\.Operator"):

@@ -75,13 +75,24 @@ class Operator:
                 f"A @ v takes v of shape ({self.n_params},) or ({self.n_params}, K); got {tuple(v.shape)}."
             )
         if v.ndim == 1 or self.block:
-            return self._checked(self.matvec(v), v.shape)
-        if not v.shape[1]:
-            return v.clone()
-        columns = [self._checked(self.matvec(v[:, k].contiguous()), v.shape[:1]) for k in range(v.shape[1])]
-        return torch.stack(columns, dim=1)
+            return self._answer(v)
+        out = torch.empty_like(v)
+        for k in range(v.shape[1]):  # each is copied: a callable may write all its answers into one tensor
+            out[:, k] = self._answer(v[:, k].contiguous())
+        return out
 
-    def _checked(self, out: Any, shape: torch.Size) -> Tensor:
+    def _answer(self, v: Tensor) -> Tensor:
+        counted, shape = (
+            not v.is_inference(),
+            v.shape,
+        )  # a tensor of inference mode does not count what is written into it
+        before = v._version if counted else 0
+        out = self.matvec(v)
+        if counted and v._version != before:
+            raise InputError(
+                "The callable of the operator wrote into the vector that it was given, which the caller goes on to use. Let it return a new tensor: A @ v or "
+                "v * d rather than v.mul_(d)."
+            )
         if not isinstance(out, Tensor) or out.shape != shape or out.dtype != self.dtype:
             found = f"{out.dtype} {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
             raise InputError(
