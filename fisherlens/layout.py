@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -119,6 +119,15 @@ class FunctionModel(nn.Module):
         return self.function(self.values, inputs)
 
 
+def named(names: Any) -> list[str]:
+    """One name or several as a list; anything else is a TypeError."""
+    wanted = [names] if isinstance(names, str) else list(names) if isinstance(names, Iterable) else [names]
+    for name in wanted:
+        if not isinstance(name, str):
+            raise TypeError(f"Expected names of layers or parameters, a text or a list of texts; got {name!r}.")
+    return wanted
+
+
 class Layout:
     """The order of the selected parameters, which is that of ``named_parameters()``.
 
@@ -231,7 +240,9 @@ class Layout:
 
     def index_of(self, names: str | Sequence[str]) -> Tensor:
         """Flat indices of layers or parameters, by name or glob pattern, in layout order, each once."""
-        wanted = [names] if isinstance(names, str) else list(names)
+        wanted = named(names)
+        if not wanted:
+            raise InputError("No layer or parameter was named; print(F.layout) lists them.")
         pieces: set[tuple[int, int]] = set()
         for name in wanted:
             hits = [(p.start, p.stop) for p in self.parameters if fnmatch.fnmatchcase(p.name, name)]

@@ -150,3 +150,8 @@ def test_what_traces_and_diagonals_refuse(unchanged):
         fl.estimate_trace(F, target_sem=0.1, max_matvecs=10)
     with pytest.raises(fl.NonFiniteError, match="The callable of the operator gave NaN or infinity"):
         fl.estimate_trace(fl.Operator(lambda v: v / 0, 4))
+
+
+def test_an_empty_list_of_dampings():
+    with pytest.raises(InputError, match="damping is an empty list; expected one number > 0 or several"):
+        fl.effective_dimension(case("mlp_tanh").fisher(), [])

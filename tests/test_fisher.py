@@ -271,6 +271,11 @@ def test_wrong_vectors():
         (good[None], InputError, r"a tensor of shape \(1, 79\)"),
         (good.float(), InputError, r"dtype torch\.float64 on cpu; got torch\.float32"),
         (good.long(), InputError, r"got torch\.int64"),
+        (
+            good.to_sparse(),
+            InputError,
+            r"takes a dense vector; got one of layout torch\.sparse_coo\. Use v\.to_dense\(\)",
+        ),
         (good.numpy(), TypeError, "got ndarray. Use torch.as_tensor"),
         (good.index_fill(0, torch.tensor(3), float("nan")), NonFiniteError, "NaN or infinity"),
         (good.index_fill(0, torch.tensor(3), float("inf")), NonFiniteError, "NaN or infinity"),

@@ -449,6 +449,14 @@ def test_unknown_layers():
         F.block("0.wieght")
     with pytest.raises(InputError, match="at least one layer name"):
         F.restrict([])
+    with pytest.raises(InputError, match=r"No layer or parameter was named; print\(F\.layout\) lists them"):
+        F.block([])
+    for act in (F.restrict, F.block):
+        for wrong in (3, None, ["0", 2]):
+            with pytest.raises(
+                TypeError, match="Expected names of layers or parameters, a text or a list of texts; got"
+            ):
+                act(wrong)
 
 
 def test_analyses_take_operators():

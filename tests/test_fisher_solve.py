@@ -253,3 +253,33 @@ def test_scipy_in_float32():
     F = fl.Fisher(model.float(), (x.float(), y), likelihood=likelihood)
     assert F.to_scipy().dtype == np.float32
     assert np.allclose(F.to_scipy() @ np.ones(8), (F @ torch.ones(8)).numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        (
+            {"tol": -1.0},
+            InputError,
+            r"tol must be a number between 0 and 1, the relative residual, or None; got -1\.0\.",
+        ),
+        ({"tol": float("nan")}, InputError, r"tol must be a number between 0 and 1.*got nan"),
+        ({"tol": "small"}, InputError, r"tol must be a number between 0 and 1.*got 'small'"),
+        (
+            {"max_steps": 0},
+            InputError,
+            r"max_steps must be an integer >= 1, the most steps of conjugate gradients; got 0\.",
+        ),
+        ({"max_steps": 2.5}, InputError, r"max_steps must be an integer >= 1.*got 2\.5"),
+        (
+            {"preconditioner": 3},
+            TypeError,
+            r"preconditioner must have solve\(v, damping\), as fl\.BlockDiagonal.*; got int\.",
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", ["exact", "hessian"])
+def test_options_are_checked_also_where_the_solve_is_direct(options, error, text, kind):
+    F = case("mlp_tanh").fisher(kind=kind)
+    with pytest.raises(error, match=text):
+        F.solve(torch.ones(F.n_params, dtype=torch.float64), 0.1, **options)

@@ -34,6 +34,21 @@ def check_seed(seed: Any) -> int:
     return int(seed)
 
 
+def check_iteration(tol: Any, max_steps: Any, preconditioner: Any) -> None:
+    """Refuse options of an iterative solve out of their range, also where the solve is direct."""
+    number = isinstance(tol, numbers.Real) and not isinstance(tol, bool)
+    if tol is not None and not (number and 0 < tol < 1):
+        raise InputError(f"tol must be a number between 0 and 1, the relative residual, or None; got {tol!r}.")
+    if not isinstance(max_steps, numbers.Integral) or isinstance(max_steps, bool) or max_steps < 1:
+        raise InputError(
+            f"max_steps must be an integer >= 1, the most steps of conjugate gradients; got {max_steps!r}."
+        )
+    if preconditioner is not None and not callable(getattr(preconditioner, "solve", None)):
+        raise TypeError(
+            f"preconditioner must have solve(v, damping), as fl.BlockDiagonal(F, 'layer') and fl.KFAC(F) do; got {type(preconditioner).__name__}."
+        )
+
+
 def check_cap(max_params: Any) -> float:
     """Refuse a cap that is no number."""
     if not isinstance(max_params, numbers.Real) or isinstance(max_params, bool) or math.isnan(max_params):

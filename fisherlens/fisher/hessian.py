@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fisherlens import errors
 from fisherlens.errors import ConvergenceWarning, InputError, MemoryBudgetError, NonFiniteError, readable_bytes
-from fisherlens.fisher.checks import check_arguments, check_cap, finite
+from fisherlens.fisher.checks import check_arguments, check_cap, check_iteration, finite
 from fisherlens.fisher.damped import Vector, check_damping
 from fisherlens.fisher.operator import Fisher
 from fisherlens.fisher.solve import Preconditioner
@@ -235,6 +235,7 @@ class Hessian(Fisher):
         with a ConvergenceWarning: -λ may be close to an eigenvalue.
         """
         damping = check_damping(damping)
+        check_iteration(tol, max_steps, preconditioner)
         goal = tol if tol is not None else (1e-10 if self.dtype == torch.float64 else 1e-5)
         info: dict[str, Any] = {}
 

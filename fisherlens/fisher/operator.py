@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from fisherlens import errors
 from fisherlens.errors import InputError, MemoryBudgetError, NonFiniteError, readable_bytes
-from fisherlens.fisher.checks import check_arguments, check_cap, check_seed, finite
+from fisherlens.fisher.checks import check_arguments, check_cap, check_iteration, check_seed, finite
 from fisherlens.fisher.damped import DampedFisher, Vector, check_damping, to_scipy
 from fisherlens.fisher.solve import Preconditioner, Solver
-from fisherlens.layout import Layout
+from fisherlens.layout import Layout, named
 from fisherlens.likelihoods import Likelihood, as_likelihood
 from fisherlens.scores import KINDS, Plan, ScoreMatrix, capture, parse_memory
 
@@ -260,6 +260,8 @@ class Fisher:
                 f"{tuple(v.shape)}.\nF covers {len(self.layout)} parameters with {self.n_params} entries. If v was made for another model, rebuild F; "
                 "print(F.layout) lists names and shapes."
             )
+        if v.layout != torch.strided:
+            raise InputError(f"F @ v takes a dense vector; got one of layout {v.layout}. Use v.to_dense().")
         if v.dtype != self.dtype or v.device != self.device:
             raise InputError(
                 f"F @ v takes v of dtype {self.dtype} on {self.device}; got {v.dtype} on {v.device}. Convert it: v.to(F.device, F.dtype)."
@@ -373,6 +375,7 @@ class Fisher:
         A solve that misses its tolerance returns what it has with a ConvergenceWarning.
         """
         damping = check_damping(damping)
+        check_iteration(tol, max_steps, preconditioner)
         info: dict[str, Any] = {}
 
         def damped(x: Tensor) -> Tensor:
@@ -432,7 +435,7 @@ class Fisher:
 
     def restrict(self, layers: str | Sequence[str]) -> Fisher:
         """The Fisher of some layers alone (a diagonal block of F, couplings between them included), sharing the captured scores."""
-        names = [layers] if isinstance(layers, str) else list(layers)
+        names = named(layers)
         if not names:
             raise InputError("restrict takes at least one layer name; print(F.layout) lists them.")
         kept = [layer for layer in self.layout.layers if layer in {self.layout.layer(name) for name in names}]

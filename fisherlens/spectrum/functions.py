@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from fisherlens.errors import InputError
 from fisherlens.fisher import check_damping
 from fisherlens.spectrum.bootstrap import bootstrap_functions, check_replicates
 from fisherlens.spectrum.intervals import check_confidence, check_probing, student_interval
@@ -139,6 +140,10 @@ def _function_of_spectrum(
 
     check_replicates(bootstrap)
     grid = [check_damping(lam) for lam in ([damping] if np.ndim(damping) == 0 else damping)]
+    if not grid:
+        raise InputError(
+            "damping is an empty list; expected one number > 0 or several, in the units of the eigenvalues (nat)."
+        )
     name, long_name, units = words
     value, errors, method = _evaluate(source, grid, name, function, options, confidence)
     if bootstrap:
