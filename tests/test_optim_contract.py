@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -360,6 +361,40 @@ def test_an_unused_parameter_is_left_alone(build):
     for _ in range(3):
         step(opt, model, (torch.eye(4, dtype=torch.float64), torch.tensor([0, 1, 2, 0])))
     assert torch.equal(model.idle.weight, before)
+
+
+@pytest.mark.parametrize("frozen", ["3.bias", "3.weight"])
+def test_a_parameter_that_is_frozen_later_stays(every, frozen):
+    """Half a layer: its block still counts it, and decay and momentum must not move it either."""
+    model, batch = network(), data()
+    opt = ALL[every](model, weight_decay=0.1, momentum=0.5)
+    step(opt, model, batch)
+    p = model.get_parameter(frozen).requires_grad_(False)
+    p.grad = None
+    before, other = p.detach().clone(), model[5].weight.detach().clone()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            step(opt, model, batch)
+    assert torch.equal(p, before)
+    assert not torch.equal(model[5].weight, other)
+    if frozen == "3.bias":
+        assert [str(one.message) for one in caught] == [
+            f"{type(opt).__name__} found no gradient of '3.bias' while the rest of the layer has one, as after requires_grad_(False); they "
+            "stay as they are, but still count in the block of their layer. Build a new optimizer to leave them out of it."
+        ]
+
+
+def test_the_default_device_of_others_does_not_matter(every):
+    results = []
+    for device in ("cpu", "meta"):
+        model, batch = network(), data()
+        with torch.device(device):
+            opt = ALL[every](model)
+            for _ in range(3):
+                step(opt, model, batch)
+        results.append(flat(model))
+    assert torch.equal(*results)
 
 
 def test_a_weight_used_past_its_module():

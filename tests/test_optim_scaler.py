@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from fisherlens.errors import InputError
-from fisherlens.optim import KFAC, NGD
+from fisherlens.optim import KFAC, MBF, NGD, TNT
 
 
 def clipped(model):
@@ -263,6 +263,39 @@ def test_autocast_with_a_scaler_is_autocast(build, dtype):
     assert gap < (1e-6 if dtype == torch.bfloat16 else 0.05), (
         gap
     )  # half precision loses its smallest scores without the scale
+
+
+@pytest.mark.parametrize("where", ["the step", "the parts of a batch"])
+@pytest.mark.parametrize("name", ALL)
+def test_statistics_are_not_cast_where_autocast_is_in_force(name, where):
+    """A step within it; and a first part's statistics, which the forward pass of the second part hands over."""
+    results = []
+    for within in (False, True):
+        model, (x, y) = network(torch.float32), data(24, torch.float32)
+        opt = ALL[name](model)
+        for _ in range(3):
+            opt.zero_grad()
+            for at in [slice(0, 24)] if where == "the step" else [slice(0, 12), slice(12, 24)]:
+                if not within:
+                    opt._tap.flush()
+                (cast(model, (x[at], y[at])) * len(x[at]) / 24).backward()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=within and where == "the step"):
+                opt.step()
+        results.append(flat(model))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("method", [MBF, TNT])
+def test_a_warm_start_within_autocast_keeps_its_averages_in_single_precision(method):
+    found = []
+    for enabled in (False, True):
+        model, (x, _) = network(torch.float32), data(24, torch.float32)
+        opt = method(model)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            opt.warm_start([(x[:12], None), (x[12:], None)])
+        found.append(torch.cat([t.reshape(-1) for t in tensors(opt.state_dict())]))
+    assert found[1].dtype == torch.float32
+    assert 0 < torch.linalg.vector_norm(found[1] - found[0]) < 0.05 * torch.linalg.vector_norm(found[0])
 
 
 def test_it_learns_in_half_precision():

@@ -19,7 +19,14 @@ from fisherlens.optim.averages import BlockAverages
 from fisherlens.optim.checks import all_finite, choice, whole
 from fisherlens.optim.groups import OPTIONS, Membership, check_options, make_groups
 from fisherlens.optim.rule import StepRule, add_scaled
-from fisherlens.optim.scaling import AskedByScaler, loss_scale, overflowed, stepped_by_scaler, unscale
+from fisherlens.optim.scaling import (
+    AskedByScaler,
+    loss_scale,
+    overflowed,
+    stepped_by_scaler,
+    unscale,
+    without_autocast,
+)
 from fisherlens.optim.solve import RETRIES, solve_blocks
 from fisherlens.optim.state import StoredState
 from fisherlens.optim.tap import Pass, ScoreTap, remove_handles
@@ -154,7 +161,8 @@ class NaturalGradient(StepRule, StoredState):
             if self.labels == "true" and self._unit != 1:  # before anything is squared
                 for call in (call for calls in one.calls.values() for call in calls):
                     call.score = call.score.to(self._parameters[0].dtype) / self._unit
-            self._absorb(one, examples)
+            with without_autocast(self._parameters[0].device):  # the next forward pass may hand this one over
+                self._absorb(one, examples)
 
     def _check_inputs(self, one: Pass) -> None:
         """Refuse inputs that were written over since the backward pass, as by the next batch in the same buffer."""
@@ -220,8 +228,9 @@ class NaturalGradient(StepRule, StoredState):
                 self._tap.flush()
                 if self._examples == 0:
                     raise InputError(texts.NO_STATISTICS)
-                gradient, active = self._mean_gradient()
-                self._move(self._direction(gradient, active), active)
+                with without_autocast(self._parameters[0].device):
+                    gradient, active = self._mean_gradient()
+                    self._move(self._direction(gradient, active), active)
                 moved = True
         finally:
             self._clear()
@@ -269,6 +278,7 @@ class NaturalGradient(StepRule, StoredState):
     def _direction(self, gradient: Tensor, active: set[str]) -> Tensor:
         direction = self._rest(gradient)
         self._precondition(gradient, active - self._unseen(gradient, active), self._scale(), direction)
+        self._hold(direction, active)
         self._require_finite(direction, texts.BAD_STEP)
         if self._due:
             self.diagnostics["refreshes"] += 1
@@ -279,6 +289,15 @@ class NaturalGradient(StepRule, StoredState):
             self._add_momentum(direction, active)
             direction = direction if own is None else add_scaled(own, direction, self._values("momentum"))
         return direction
+
+    def _hold(self, direction: Tensor, active: set[str]) -> None:
+        """Let parameters stay that have no gradient while the rest of their layer has one."""
+        still = [i for i, p in zip(self.layout.parameters, self._parameters, strict=True) if p.grad is None]
+        still = [info for info in still if info.layer in active]
+        for info in still:
+            direction[info.start : info.stop] = 0
+        covered = {layer.name for layer in self.covered}
+        self._tell(texts.STILL, [info.name for info in still if info.layer in covered])
 
     def _unseen(self, gradient: Tensor, active: set[str]) -> set[str]:
         """Find layers with a gradient that came past their module; a zero gradient needs no explanation."""

@@ -18,7 +18,7 @@ from fisherlens.optim.factors import matrix_of, matrix_shape, positions, write_m
 from fisherlens.optim.groups import Groups
 from fisherlens.optim.layerwise import LayerWise, accumulate
 from fisherlens.optim.replay import Replay
-from fisherlens.optim.scaling import overflowed
+from fisherlens.optim.scaling import overflowed, without_autocast
 from fisherlens.optim.secant import Secants, Sums, random_states, set_random_states
 from fisherlens.optim.tap import Pass
 
@@ -160,7 +160,8 @@ class KBFGS(LayerWise):
                     with torch.enable_grad():
                         closure()
                 self._tap.flush()
-                self._learn()
+                with without_autocast(device):
+                    self._learn()
             finally:
                 set_random_states(after, device)
                 self._clear()

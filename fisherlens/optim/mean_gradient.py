@@ -14,7 +14,8 @@ from fisherlens.errors import InputError
 from fisherlens.optim import texts
 from fisherlens.optim.factors import summed_scores, write_matrix
 from fisherlens.optim.layerwise import LayerWise
-from fisherlens.optim.tap import Pass
+from fisherlens.optim.scaling import without_autocast
+from fisherlens.optim.tap import Pass, at_least_single, draw_uniforms
 from fisherlens.scores.recorder import preserved_randomness
 from fisherlens.scores.source import Source, call
 
@@ -93,8 +94,10 @@ class WarmStarted(MeanGradient):
         buffers = [(b, b.clone()) for b in model.buffers()]
         listening, self._tap.listening = self._tap.listening, False
         try:
-            with preserved_randomness(self._parameters[0].device):
-                self._warm(self._sampled_gradients(model, batches))
+            device = self._parameters[0].device
+            autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+            with preserved_randomness(device), without_autocast(device):
+                self._warm(self._sampled_gradients(model, batches, *autocast))
         finally:
             self._tap.listening = listening
             self._clear()
@@ -103,14 +106,16 @@ class WarmStarted(MeanGradient):
                 for buffer, before in buffers:
                     buffer.copy_(before)
 
-    def _sampled_gradients(self, model: nn.Module, batches: Any) -> Iterator[Tensor]:
+    def _sampled_gradients(
+        self, model: nn.Module, batches: Any, autocast: bool, dtype: torch.dtype
+    ) -> Iterator[Tensor]:
         """Flat mean gradient of each batch, at labels drawn from the model."""
         source = Source(batches, self._parameters[0].device)
         for batch in source.batches():
-            with torch.enable_grad():
-                outputs = call(model, batch.inputs)
+            with torch.enable_grad(), torch.autocast(source.device.type, dtype=dtype, enabled=autocast):
+                outputs = at_least_single(call(model, batch.inputs))
                 bound = self.likelihood.bind(outputs, None, batch.where)
-                uniforms = torch.rand(len(outputs), bound.num_uniforms, generator=self._generator, dtype=torch.float64)
+                uniforms = draw_uniforms(len(outputs), bound.num_uniforms, self._generator)
                 signal = bound.sampled_score(uniforms) / bound.weight.sum().item()
                 grads = torch.autograd.grad(
                     outputs, self._parameters, signal, allow_unused=True, materialize_grads=True

@@ -137,8 +137,8 @@ class BlockMoments:
         self._work: list[_Work] = []
         for name in dict.fromkeys(group.layer for group in groups):
             needed = list(layers) if name is None else [layout.layer(name)]
-            position = torch.zeros(layout.n_params, dtype=torch.int64)
-            position[torch.cat([torch.arange(layer.start, layer.stop) for layer in needed])] = 1
+            position = torch.zeros(layout.n_params, dtype=torch.int64, device="cpu")
+            position[torch.cat([torch.arange(layer.start, layer.stop, device="cpu") for layer in needed])] = 1
             position = position.cumsum(0) - 1
             pieces = []
             for place, group in enumerate(groups):
@@ -200,7 +200,7 @@ def run_start(index: Tensor) -> int | None:
     """First index, if the rows of ``index`` follow each other without a gap; else None."""
     flat = index.reshape(-1)
     start = int(flat[0])
-    return start if torch.equal(flat, torch.arange(start, start + len(flat))) else None
+    return start if torch.equal(flat, torch.arange(start, start + len(flat), device=flat.device)) else None
 
 
 def _moments(scores: list[LayerScores], pieces: list[_Piece], totals: list[Tensor | None]) -> list[Tensor]:

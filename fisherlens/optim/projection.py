@@ -103,7 +103,7 @@ class Pair(NamedTuple):
 def seen_from(P: Tensor, x: Tensor, sketches: int, generator: torch.Generator) -> Seen:
     """Look at rows x, in columns (B, d, m), from a basis, with fresh random signs."""
     y = P.mT @ x  # (B, r, m)
-    signs = torch.randint(0, 2, (len(x), x.shape[2], sketches), generator=generator)
+    signs = torch.randint(0, 2, (len(x), x.shape[2], sketches), generator=generator, device="cpu")
     return Seen(y @ y.mT, y @ (2 * signs - 1).to(x.device, x.dtype), x.square().sum((1, 2)))
 
 
@@ -111,7 +111,7 @@ def random_basis(like: Tensor, generator: torch.Generator) -> Tensor:
     """Orthonormal columns to start from; the identity where nothing is projected."""
     if like.shape[1] == like.shape[2]:
         return torch.eye(like.shape[1], dtype=like.dtype, device=like.device).expand_as(like).clone()
-    start = torch.randn(like.shape, generator=generator, dtype=torch.float64)
+    start = torch.randn(like.shape, generator=generator, dtype=torch.float64, device="cpu")
     return torch.linalg.qr(start)[0].to(like.device, like.dtype)
 
 

@@ -112,7 +112,7 @@ class StepRule(torch.optim.Optimizer):
     def _move(self, direction: Tensor, active: set[str]) -> None:
         """Decay the parameters of active layers, and step."""
         for info, p in zip(self.layout.parameters, self._parameters, strict=True):
-            if info.layer in active:
+            if info.layer in active and p.grad is not None:
                 group = self.param_groups[self._membership.owner[info.name]]
                 if self.decoupled and group["weight_decay"]:
                     p.mul_(1 - group["lr"] * group["weight_decay"])

@@ -30,7 +30,11 @@ class Secants(Averages):
     def start(cls, layer: str, like: Tensor, B: int, d_o: int, d_i: int, memory: int | None) -> Secants:
         """H_G = I, or no pairs; in the dtype and on the device of ``like``."""
         new = like.new_zeros
-        square = torch.eye(d_o).to(like).expand(B, d_o, d_o).clone() if memory is None else new(0)
+        square = (
+            torch.eye(d_o, dtype=like.dtype, device=like.device).expand(B, d_o, d_o).clone()
+            if memory is None
+            else new(0)
+        )
         averages = [new(B, d_o, 1) for _ in range(2)]
         pairs = [new(memory or 0, B, d_o, 1) for _ in range(2)]
         return cls(layer, new(B, d_i, d_i), new(B, d_i, d_i), square, *averages, *pairs)

@@ -40,7 +40,7 @@ def solve_blocks(matrices: Tensor, damping: float, vectors: Tensor) -> BlockSolu
         m, ``(B, s)``.
     """
     if matrices.shape[-1] == 1:
-        none = torch.zeros(0, dtype=torch.int64)
+        none = torch.zeros(0, dtype=torch.int64, device=vectors.device)
         return BlockSolution(vectors / (matrices[:, 0] + damping), 0, none, vectors.new_full((len(vectors),), damping))
     at_once = min(SOLVED_BYTES, CHUNK_BYTES) if matrices.device.type == "cpu" else CHUNK_BYTES
     step = max(1, at_once // (16 * matrices[0].numel()))

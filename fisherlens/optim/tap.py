@@ -193,7 +193,7 @@ class ScoreTap:
         if not isinstance(outputs, Tensor):
             raise InputError(texts.NO_TENSOR.format(got=type(outputs).__name__))
         bound = self._likelihood.bind(at_least_single(outputs), None, "this forward pass")
-        uniforms = torch.rand(len(outputs), bound.num_uniforms, generator=self._generator, dtype=torch.float64)
+        uniforms = draw_uniforms(len(outputs), bound.num_uniforms, self._generator)
         signal, weight = bound.sampled_score(uniforms).to(outputs.dtype), bound.weight.sum().item()
         self._sampling = True
         try:
@@ -264,3 +264,8 @@ def found_maps(maps: Mapping[str, tuple[int, int, int] | None]) -> dict[str, tup
 def at_least_single(x: Tensor) -> Tensor:
     """The same in float32 where autocast made it shorter."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def draw_uniforms(n: int, count: int, generator: torch.Generator) -> Tensor:
+    """Numbers in [0, 1) that sampled labels are made of, ``(n, count)``, on the CPU whatever the default device is."""
+    return torch.rand(n, count, generator=generator, dtype=torch.float64, device="cpu")

@@ -20,6 +20,10 @@ UNSEEN = (
     "{name} saw a gradient of {names}, but no call of the module that owns them, as when a function uses its weight "
     "directly; they move by lr * {rule}. Call the module itself, model.layer(x), to have them preconditioned."
 )
+STILL = (
+    "{name} found no gradient of {names} while the rest of the layer has one, as after requires_grad_(False); they stay as they are, but "
+    "still count in the block of their layer. Build a new optimizer to leave them out of it."
+)
 NO_STATISTICS = (
     "step() found no statistics: no backward pass has reached the model's layers since the last step (or since "
     "zero_grad, which drops them). The loop is loss = loss_fn(model(x), y); opt.zero_grad(); loss.backward(); opt.step(). "
