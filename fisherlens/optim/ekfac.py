@@ -17,7 +17,9 @@ from fisherlens.optim.factors import (
     factor_sums,
     matrix_of,
     matrix_shape,
+    normal,
     rotated_squares,
+    rounded,
     summed_scores,
     write_matrix,
 )
@@ -165,7 +167,7 @@ class EKFAC(LayerWise):
         d_a, right = eigenpairs(A, f"Factor A of layer {layer.name!r}")
         d_g, left = eigenpairs(G, f"Factor G of layer {layer.name!r}")
         start = d_g.clamp(min=0)[:, :, None] * d_a.clamp(min=0)[:, None, :]
-        return left.to(A.dtype), right.to(A.dtype), start.to(A.dtype)
+        return rounded(left.to(A.dtype)), rounded(right.to(A.dtype)), start.to(A.dtype)
 
     def _precondition(self, gradient: Tensor, active: set[str], scale: float, out: Tensor) -> None:
         layers = [layer for layer in self.covered if layer.name in active]
@@ -191,5 +193,6 @@ class EKFAC(LayerWise):
                 record.update(options["ema"], s=fresh[layer.name])
             if record.steps:  # else the rule for parameters without statistics stands
                 s = record.s if self.moments == "mean" else record.corrected("s", options["ema"])
-                along = record.left.mT @ matrix_of(layer, gradient) @ record.right
-                write_matrix(layer, record.left @ (along / (s + options["damping"])) @ record.right.mT, out)
+                along = normal(record.left.mT @ matrix_of(layer, gradient)) @ record.right
+                u = normal(record.left @ normal(along / (s + options["damping"]))) @ record.right.mT
+                write_matrix(layer, u, out)

@@ -8,12 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fisherlens.errors import InputError
 from fisherlens.layout import LayerInfo
+from fisherlens.linalg.dense import self_gram
 from fisherlens.linalg.memory import Workspace
 from fisherlens.optim import texts
 from fisherlens.optim.moments import ROWS_BYTES
+from fisherlens.optim.patch_moments import patch_moments, patch_sums, shifts_are_cheaper
 from fisherlens.optim.solve import RETRIES
 from fisherlens.optim.tap import Call
 from fisherlens.scores.base import CHUNK_BYTES
@@ -110,6 +113,23 @@ def _write_patches(call: Call, some: slice, out: Tensor) -> None:
     out.unflatten(3, at).unflatten(1, (channels, *geometry.kernel)).copy_(view)
 
 
+def normal(x: Tensor) -> Tensor:
+    """The same with 0 for numbers so small that products with them leave the range of full mantissas, which takes a CPU a hundred times as long.
+
+    In single precision those below 1e-24, unless all are below 1e-10.
+    """
+    info = torch.finfo(x.dtype)
+    cut = info.tiny / info.eps**2
+    if x.device.type != "cpu" or not x.numel() or x.abs().max() <= cut / info.eps**2:
+        return x
+    return functional.hardshrink(x, cut)
+
+
+def rounded(vectors: Tensor) -> Tensor:
+    """Unit vectors with 0 for entries below the square of the rounding of one, which are noise; see :func:`normal` for the reason."""
+    return functional.hardshrink(vectors, torch.finfo(vectors.dtype).eps ** 2)
+
+
 class FactorSums(NamedTuple):
     """Σ_nt a aᵀ ``(B, d_i, d_i)``, Σ_nt g gᵀ / T ``(B, d_o, d_o)``, and the number of examples."""
 
@@ -128,15 +148,53 @@ def factor_sums(
 
     ``form`` is ``"expand"``, every position an example of its own, or ``"reduce"``, the mean of a and the sum of g over positions.
     """
+    if layer.kind == "conv" and form == "expand" and layer.weight is not None and all(map(_by_shifts, calls)):
+        return _shifted_sums(layer, calls, dtype)
     total: FactorSums | None = None
     for a, g in positions(layer, calls, dtype, workspace):
         if form == "reduce":
             a, g = a.mean(3, keepdim=True), g.sum(3, keepdim=True)
         n, t = a.shape[2:]
-        a, g = a.flatten(2), g.flatten(2)
-        part = FactorSums(torch.bmm(a, a.mT), torch.bmm(g, g.mT) / t, n)
+        part = FactorSums(*(_grams(x.flatten(2)) for x in (a, g)), n)
+        part.G.div_(t)
         total = part if total is None else total + part
     return total
+
+
+def _grams(rows: Tensor) -> Tensor:
+    """X Xᵀ for ``(B, d, m)``."""
+    return self_gram(rows[0])[None] if len(rows) == 1 else torch.bmm(rows, rows.mT)
+
+
+def _by_shifts(call: Call) -> bool:
+    geometry, x = ConvGeometry.of(call.use.module), call.use.inputs
+    return shifts_are_cheaper(geometry, x.shape[1] // geometry.groups, tuple(call.score.shape[2:]))
+
+
+def _shifted_sums(layer: LayerInfo, calls: Sequence[Call], dtype: torch.dtype) -> FactorSums:
+    """The same sums for convolutions whose patches need not be made."""
+    if any(call.use.modified for call in calls):
+        raise InputError(texts.WRITTEN_OVER.format(layer=layer.name))
+    groups, d_o, d_i = matrix_shape(layer)
+    n, d = len(calls[0].use.inputs), layer.weight.numel // (groups * d_o)
+    A, G = (
+        calls[0].score.new_zeros(groups, d_i, d_i, dtype=dtype),
+        calls[0].score.new_zeros(groups, d_o, d_o, dtype=dtype),
+    )
+    count = 0
+    for call in calls:
+        geometry = ConvGeometry.of(call.use.module)
+        x, t = geometry.padded(call.use.inputs.to(dtype)), math.prod(call.score.shape[2:])
+        A[:, :d, :d] += patch_moments(geometry, x)
+        if layer.bias is not None:
+            sums = patch_sums(geometry, x)
+            A[:, :d, d] += sums
+            A[:, d, :d] += sums
+            A[:, d, d] += n * t
+        g = call.score.to(dtype).reshape(n, groups, d_o, t).permute(1, 2, 0, 3)
+        G += _grams(g.flatten(2))
+        count += t
+    return FactorSums(A, G / count, n)
 
 
 def summed_scores(layer: LayerInfo, calls: Sequence[Call], dtype: torch.dtype, workspace: Workspace) -> Tensor:

@@ -13,7 +13,7 @@ from fisherlens.linalg.dense import eigenpairs
 from fisherlens.linalg.kronecker import factored_damping
 from fisherlens.optim.averages import Averages
 from fisherlens.optim.checks import choice
-from fisherlens.optim.factors import factor_sums, matrix_of, matrix_shape, write_matrix
+from fisherlens.optim.factors import factor_sums, matrix_of, matrix_shape, normal, rounded, write_matrix
 from fisherlens.optim.groups import Groups
 from fisherlens.optim.layerwise import LayerWise, accumulate
 from fisherlens.optim.tap import Pass
@@ -180,19 +180,22 @@ class KFAC(LayerWise):
             A, G = (pair.corrected(side, options["ema"]) for side in ("A", "G"))
             pair.inversions += 1
             if self.damping_form == "exact":
-                pair.a, pair.right = (x.to(A.dtype) for x in eigenpairs(A, f"Factor A of layer {pair.layer!r}"))
-                pair.g, pair.left = (x.to(G.dtype) for x in eigenpairs(G, f"Factor G of layer {pair.layer!r}"))
+                a, right = eigenpairs(A, f"Factor A of layer {pair.layer!r}")
+                g, left = eigenpairs(G, f"Factor G of layer {pair.layer!r}")
+                pair.a, pair.g = a.to(A.dtype), g.to(G.dtype)
+                pair.right, pair.left = rounded(right.to(A.dtype)), rounded(left.to(G.dtype))
             else:
                 gamma_a, gamma_g = factored_damping(A, G, options["damping"])
                 jobs += [(A, gamma_a), (G, gamma_g)]
         if jobs:
             found = iter(self._inverted(jobs))
             for pair in pairs:
-                pair.right, pair.left = next(found), next(found)
+                pair.right, pair.left = normal(next(found)), normal(next(found))
 
     def _direction_of(self, pair: KroneckerAverages, gradient: Tensor) -> Tensor:
         if self.damping_form == "factored":
-            return pair.left @ gradient @ pair.right
+            return normal(pair.left @ gradient) @ pair.right
         values = pair.g.clamp(min=0)[:, :, None] * pair.a.clamp(min=0)[:, None, :]  # below zero is rounding
         damped = values + self._options(pair.layer)["damping"]
-        return pair.left @ ((pair.left.mT @ gradient @ pair.right) / damped) @ pair.right.mT
+        along = normal(pair.left.mT @ gradient) @ pair.right
+        return normal(pair.left @ normal(along / damped)) @ pair.right.mT
