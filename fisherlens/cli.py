@@ -341,18 +341,15 @@ def compare(
     if num_rates is not None:
         tune = Tuning({entry: {"lr": grid(make, chosen, num_rates)} for entry, make in optimizers.items()})
     folder = OutputFolder(out, files=("compare.nc", "compare.png"), figures=False)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        found = compare_optimizers(
-            chosen,
-            optimizers,
-            num_steps=num_steps,
-            seeds=num_seeds,
-            tune=tune,
-            targets=targets,
-            resume=folder.path / "runs" if resume else None,
-            **options,
-        )
+    runs = folder.path / "runs" if resume else None
+    options |= {"num_steps": num_steps, "seeds": num_seeds, "tune": tune, "targets": targets, "resume": runs}
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = compare_optimizers(chosen, optimizers, **options)
+    except BaseException:
+        folder.abandon()
+        raise
     save(found, folder.path / "compare.nc")
     drawn = picture(found)
     if drawn is not None:

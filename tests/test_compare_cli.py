@@ -108,6 +108,7 @@ def test_a_target_that_is_none(here, capsys):
     ):
         assert call("--target", text) == 2
         assert words in capsys.readouterr().err
+        assert not (here / "compare").exists()
     assert race.target("test_accuracy=0.9") == ("test_accuracy", 0.9)
     with pytest.raises(InputError, match="--target takes METRIC=NUMBER"):
         race.target("0.9")
