@@ -243,3 +243,15 @@ def test_streamed_scores_give_the_same_density():
         assert abs(two["trace"] - F.trace()) <= 6 * two["trace_sem"]
         assert two["zero_fraction"].item() >= 1 - F.rank_bound / F.n_params - 1e-9
         assert one["zero_fraction"].item() == pytest.approx(two["zero_fraction"].item(), abs=0.05)
+
+
+def test_a_single_negative_eigenvalue_beside_zeros():
+    """The linear grid reaches from it to zero, not from it to itself."""
+    d = torch.tensor([-3.0, *[0.0] * 20], dtype=torch.float64)
+    A = fl.Operator(lambda v: d[:, None] * v, 21, block=True)
+    found = fl.spectral_density(A, num_probes=4, num_matvecs=5, grid="linear", deflate=None)
+    assert np.isfinite(found["density"]).all()
+    mass = found["density"].integrate("grid") + found["zero_fraction"] + found["outside_fraction"]
+    assert float(mass) == pytest.approx(1.0, abs=1e-12)
+    assert found["grid"][0] < -3
+    assert found["grid"][-1] >= 0

@@ -383,3 +383,22 @@ def test_intervals_of_the_summary_hold_the_truth(name, deflate, seeds):
         share = np.mean(hits[key], axis=0)
         assert (share >= low).all(), (key, share)
         assert (share <= (0.998 if key in ("participation_ratio", "stable_rank") else high)).all(), (key, share)
+
+
+def test_deflation_knows_nothing_of_the_probes():
+    """Eigenvectors found for a repeated eigenvalue are parts of Lanczos' start: were the probes the same numbers, nothing would be left of them."""
+    values = torch.cat([torch.ones(50, dtype=torch.float64), torch.zeros(25, dtype=torch.float64)])
+    q = torch.linalg.qr(torch.randn(75, 75, generator=torch.Generator().manual_seed(3), dtype=torch.float64))[0]
+    A = fl.Operator(lambda v: q @ (values[:, None] * (q.T @ v)), 75, block=True, psd=True)
+    found = [fl.effective_dimension(A, 1.0, num_probes=4, num_matvecs=12, deflate=2, seed=seed) for seed in range(20)]
+    mean, sem = np.mean([float(one) for one in found]), np.mean([float(one.sem) for one in found]) / 20**0.5
+    assert abs(mean - 25) < 4 * sem
+
+
+def test_probes_are_not_the_numbers_that_a_user_draws_from_the_same_seed():
+    """With rows of the data as probes, the trace of a linear network's Fisher would come out as P/N too large."""
+    x = torch.randn(30, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    A = fl.Operator(lambda v: x.T @ (x @ v) / 30, 40, block=True, psd=True)
+    found = fl.spectral_summary(A, damping=None, method="quadrature", num_probes=10, deflate=0, seed=0)
+    assert float(found["trace_low"]) < x.square().sum().item() / 30 < float(found["trace_high"])
+    assert float(found["trace"]) < 1.3 * x.square().sum().item() / 30

@@ -158,7 +158,7 @@ def make_grid(scale: str, low: float, high: float, width: float | None, num_poin
         width = width or decades * _LOG_SHARE
         reach = _REACH * width
         return Grid(np.geomspace(low / 10**reach, high * 10**reach, num_points), scale, width, False)
-    low = 0.0 if psd else min(low, 0.0)
+    low, high = 0.0 if psd else min(low, 0.0), max(high, 0.0)
     width = width or ((high - low) * _LINEAR_SHARE or 1.0)
     start = 0.0 if psd else low - _REACH * width
     return Grid(np.linspace(start, high + _REACH * width, num_points), scale, width, psd)
