@@ -315,26 +315,32 @@ def test_zero_scores_by_layers_lose_nothing(monkeypatch):
 
 
 def test_what_layers_hand_on_and_what_a_budget_ends():
-    layout = case("mlp_tanh").fisher().layout
-    first, second = layout.layers[:2]
+    F = case("mlp_tanh").fisher()
+    first, second = F.layout.layers[:2]
     x, y = (torch.ones(layer.size, dtype=torch.float64) for layer in (first, second))
     leads, key = Leads(1e9), ("unit", 0.1)
     leads.note_low(key, first.name, 4.0, x)
     leads.note_high(key, torch.tensor([3.0, 4.0]))
-    assert leads.low(key, layout) is None  # of one layer alone: the whole has a better start
+    assert leads.low(key, F) is None  # of one layer alone: the whole has a better start
     assert leads.high(key) is None
     leads.note_low(key, second.name, 2.0, y)
     leads.note_high(key, torch.tensor([-6.0, -8.0]))
-    low = leads.low(key, layout)
-    assert torch.equal(low[first.start : first.stop], x)
-    assert torch.equal(low[second.start : second.stop], y / 4)
+    low = leads.low(key, F)
     assert not low[second.stop :].any()
+    sides = torch.zeros(F.n_params, 2, dtype=torch.float64)
+    sides[first.start : first.stop, 0], sides[second.start : second.stop, 1] = x, y
+    a = sides.T @ (F.dense() @ sides + key[1] * sides)
+    m = torch.diag(torch.tensor([4.0, 2.0], dtype=torch.float64) * a.diagonal())
+    quotient = low @ sides @ torch.linalg.solve(sides.T @ sides, m) @ torch.linalg.solve(sides.T @ sides, sides.T @ low)
+    best = torch.linalg.eigvals(torch.linalg.solve(a, m)).real.max()
+    assert quotient / (low @ F.dense() @ low + key[1] * low @ low) == pytest.approx(best.item(), rel=1e-10)
+    assert best >= 4  # no worse than the better of the two alone
     assert torch.allclose(leads.high(key), torch.tensor([0.6, 0.8]))  # signs are made to agree
     assert leads.high(("unit", 0.2)) is None
     poor = Leads(8 * first.size)
     poor.note_low(key, first.name, 4.0, x)
     poor.note_low(key, second.name, 2.0, y)
-    assert poor.low(key, layout) is None
+    assert poor.low(key, F) is None
     trail = Trail(2, 8 * 3 * len(x))
     for which in (0, 1, 0):
         trail.add(which, x)
@@ -351,8 +357,8 @@ def test_the_whole_begins_where_its_layers_ended(monkeypatch):
     handed = []
 
     class Spy(Leads):
-        def low(self, key, layout):
-            handed.append(super().low(key, layout))
+        def low(self, key, F):
+            handed.append(super().low(key, F))
             return handed[-1]
 
     monkeypatch.setattr(sys.modules["fisherlens.independence.table"], "Leads", Spy)
@@ -365,7 +371,9 @@ def test_the_whole_begins_where_its_layers_ended(monkeypatch):
     assert found["mu_max"].sel(layer="all").item() == pytest.approx(mu[0].item(), rel=1e-6)
     (x,) = handed
     quotient = (x @ cut @ x + LAMBDA * x @ x) / (x @ exact @ x + LAMBDA * x @ x)
-    assert quotient > 0.4 / mu[-1]
+    alone = [found["mu_min"].sel(layer=layer).item() for layer in F.layout.layer_names]
+    assert quotient > (1 - 1e-6) / min(alone)  # no worse than the best layer's alone
+    assert quotient > 0.5 / mu[-1]
     assert quotient <= (1 + 1e-9) / mu[-1]
 
 

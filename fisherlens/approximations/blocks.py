@@ -59,10 +59,6 @@ def safe_in(dtype: torch.dtype, trace: float, damping: float) -> bool:
     return trace * torch.finfo(dtype).eps <= _SAFE * damping
 
 
-def _pieces(count: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
-
-
 def factor_for_inverse(matrices: Tensor, damping: float) -> Tensor:
     """Cholesky factors of M_b + λI, in the dtype of the blocks where λ is large enough for that, else in float64; lower triangles."""
     damped = matrices.clone()
@@ -178,7 +174,8 @@ class MomentBlocks:
 
     def pieces(self) -> list[slice]:
         """Blocks that are factored together: a few at a time."""
-        return _pieces(len(self.index), self._step)
+        count = len(self.index)
+        return [slice(start, min(start + self._step, count)) for start in range(0, count, self._step)]
 
     def chunks(self) -> Iterator[Tensor]:
         """The matrices, a few at a time."""
@@ -346,17 +343,9 @@ class RowBlocks:
 
     def _cholesky(self, damping: float) -> Tensor:
         if self._factor is None or self._factor[0] != damping:
-            self._factor = (damping, self._factored(damping))
+            what = f"The Gram matrix of a block of size {self.index.shape[1]}"
+            self._factor = (damping, damped_cholesky(self.gram, damping, what))
         return self._factor[1]
-
-    def _factored(self, damping: float) -> Tensor:
-        if lapack.knows(self.gram.dtype, self.gram.device):
-            damped = self.gram.clone()
-            damped.diagonal(dim1=-2, dim2=-1).add_(damping)
-            pieces = _pieces(len(damped), max(1, _CHUNK_BYTES // (8 * damped.shape[1] ** 2)))
-            if all(side_by_side(lambda at: lapack.factor(damped[at]), pieces, damped.device)):
-                return damped.mT
-        return damped_cholesky(self.gram, damping, f"The Gram matrix of a block of size {self.index.shape[1]}")
 
     def solve(self, v: Tensor, damping: float, out: Tensor) -> None:
         part = v[self.index]

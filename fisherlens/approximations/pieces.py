@@ -48,6 +48,9 @@ def structure_of(scores: LayerScores, index: Tensor) -> str | None:
     """``"units"`` or ``"inputs"`` where the blocks are all rows or all columns of [W | b] of a layer kept as factors, else None."""
     if not isinstance(scores, DenseScores):
         return None
+    units, inputs = scores.d_o, (scores.d_i if scores.layer.weight else 0) + (1 if scores.layer.bias else 0)
+    if index.shape not in ((units, inputs), (inputs, units)):
+        return None
     own = homogeneous_index(scores)
     for name, expected in (("units", own), ("inputs", own.T)):
         if index.shape == expected.shape and bool((index == expected).all()):

@@ -122,13 +122,14 @@ def _starts(target: Target, stand_ins: Sequence[StandIn], damping: float) -> tup
     F = target.F
     probes = Probes(F.n_params, F.dtype, F.device, target.options.seed)
     random = unit(probes.gaussian(1)[:, 0])
-    if F.plan.streamed or F.plan.linearised:
+    kept = not (F.plan.streamed or F.plan.linearised)
+    if not kept:
         forward = [unit(F._product(random[:, None])[:, 0]) + _RANDOM * random] * len(stand_ins)
     else:
         forward = [x + _RANDOM * random for x in _spread(target, stand_ins, damping)]
     backward = []
     for stand_in in stand_ins if target.exact else ():
-        known = None if is_layer(target) else target.leads.low((stand_in.name, damping), F.layout)
+        known = target.leads.low((stand_in.name, damping), F) if kept and not is_layer(target) else None
         v, steps = (random, _PREPARED_LOW) if known is None else (known, 1)
         for _ in range(steps):
             v = unit(stand_in.product(v[:, None], damping)[:, 0])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fisherlens.layout import Layout
+from fisherlens.fisher import Fisher
 
 Key = tuple[str, float]
 
@@ -50,17 +50,25 @@ class Leads:
             total += y if total @ y >= 0 else -y
         return unit(total)
 
-    def low(self, key: Key, layout: Layout) -> Tensor | None:
-        """What the layers found side by side, ``(P,)``, those with small μ before all; None unless there are several."""
+    def low(self, key: Key, F: Fisher) -> Tensor | None:
+        """The best sum of what the layers found, ``(P,)``, that is the one with the smallest μ; None unless there are several.
+
+        With A_lm = x_l · (F + λ) x_m, which needs U_l x_l alone, it is the largest c of diag(A_ll / μ_l) c = A c / μ.
+        """
         found = self._low.get(key, {})
         if len(found) < 2:
             return None
-        most = max(inverse for inverse, _ in found.values())
-        some = next(iter(found.values()))[1]
-        out = torch.zeros(layout.n_params, dtype=some.dtype, device=some.device)
-        for name, (inverse, x) in found.items():
-            layer = layout.layer(name)
-            out[layer.start : layer.stop] = x * (inverse / most) ** 2
+        images = torch.stack([F.scores[name].matmat(x[:, None])[:, 0] for name, (_, x) in found.items()]).double()
+        a = images @ images.T / F.total_weight
+        a.diagonal().add_(torch.stack([x.double() @ x.double() for _, x in found.values()]), alpha=key[1])
+        inverses = torch.tensor([inverse for inverse, _ in found.values()], dtype=a.dtype, device=a.device)
+        half = inverses.sqrt() * a.diagonal().sqrt()
+        # a / (half halfᵀ) has the small eigenvalues μ, and A is positive definite as λ is
+        c = torch.linalg.eigh(a / half / half[:, None])[1][:, 0] / half
+        out = torch.zeros(F.n_params, dtype=F.dtype, device=F.device)
+        for (name, (_, x)), weight in zip(found.items(), c.tolist(), strict=True):
+            layer = F.layout.layer(name)
+            out[layer.start : layer.stop] = x * weight
         return out
 
 

@@ -18,8 +18,8 @@ METHODS = ("auto", "exact", "estimate")
 DEFLATE = 10
 # Lanczos steps after which a condition number is given up (our choice; about 20 are usual at 1 %).
 MAX_STEPS = 500
-# Up to so many parameters steps cost nothing, and this many are made before a value is believed (our choice).
-_SMALL, _LEAST_STEPS = 20_000, 20
+# Steps that are made before a value is believed; up to so many parameters steps cost nothing, and more of them are made (our choice).
+_LEAST_STEPS, _SMALL, _LEAST_STEPS_SMALL = 10, 20_000, 20
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def check_options(method: Any, num_probes: Any, num_matvecs: Any, seed: Any, tol
 
 def run_options(options: Options, n_params: int) -> dict[str, Any]:
     """Keywords of a Lanczos run: half the relative accuracy of condition numbers for each end."""
-    least = _LEAST_STEPS if n_params <= _SMALL else 0
+    least = _LEAST_STEPS_SMALL if n_params <= _SMALL else _LEAST_STEPS
     return {"tol": options.tol / 2, "max_steps": MAX_STEPS, "least_steps": least}
 
 

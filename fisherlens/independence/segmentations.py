@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+
 from fisherlens.approximations import BlockDiagonal
 from fisherlens.approximations.shelf import Shelf
 from fisherlens.errors import InputError, MemoryBudgetError
@@ -157,22 +160,21 @@ class _Segments:
 
     def __call__(self, target: Target, place: int) -> None:
         batch: dict[int, StandIn] = {}
-        known: dict[Any, Any] = {}
+        known = _Known()
         shelf = Shelf(target.diagonal.to(self.F.dtype))
         held = 0
         for row, scheme in enumerate(self.schemes):
             own = scheme if target.name == WHOLE else scheme.restrict(target.name)
-            key = _signature(own)
-            if key not in known:
+            matrix = known.find(own)
+            if matrix is None:
                 try:
-                    known[key] = self._matrix(own, row, target.name, shelf)
+                    matrix = known.add(own, self._matrix(own, row, target.name, shelf))
                 except MemoryBudgetError as error:
                     where = f"{self.table.names[row]!r} on {target.name!r}"
                     self.table.note(f"independence: {where} is left out. {error}")
                     self.table.advance(len(self.table.dampings))
                     continue
-                held += _bytes(known[key])
-            matrix = known[key]
+                held += _bytes(matrix)
             self._keep(row, target.name, matrix)
             by_layers = target.name == WHOLE and on_layers(self.F, own)
             batch[row] = StandIn(self.table.names[row], matrix, own.sizes, exact_blocks=True, by_layers=by_layers)
@@ -181,7 +183,7 @@ class _Segments:
             self.table.put(row, place, facts | {"storage_bytes": own.storage_bytes(self.F.dtype)})
             if held > self.room:
                 self.table.judge(target, place, batch)
-                batch, known, held = {}, {}, 0
+                batch, known, held = {}, _Known(), 0
                 shelf = Shelf(shelf.diagonal)
         self.table.judge(target, place, batch)
 
@@ -208,6 +210,18 @@ def _bytes(matrix: Any) -> int:
     return 0 if isinstance(matrix, Parts) else matrix.held_bytes
 
 
-def _signature(own: Partition) -> Any:
-    """Equal for partitions with the same blocks in the same order."""
-    return own.sizes.tobytes(), own.flat.numpy().tobytes()
+class _Known:
+    """Matrices of partitions, found again for one with the same blocks in the same order."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[Partition, Any]] = []
+
+    def find(self, own: Partition) -> Any:
+        for other, matrix in self._found:
+            if np.array_equal(own.sizes, other.sizes) and torch.equal(own.flat, other.flat):
+                return matrix
+        return None
+
+    def add(self, own: Partition, matrix: Any) -> Any:
+        self._found.append((own, matrix))
+        return matrix

@@ -9,6 +9,10 @@ from torch import Tensor
 
 from fisherlens.errors import NonFiniteError, NumericalWarning
 from fisherlens.linalg import lapack
+from fisherlens.linalg.threads import side_by_side
+
+# Matrices that are factored on one thread together, in float64 (our choice).
+_PIECE_BYTES = 8 * 2**20
 
 
 def require_finite(matrix: Tensor, what: str) -> None:
@@ -89,12 +93,27 @@ def noise_floor(values: Tensor, order: int, dtype: torch.dtype) -> float:
     return order * torch.finfo(dtype).eps * top
 
 
+def _factor_of_copy(matrix: Tensor, damping: float) -> Tensor | None:
+    """Factors of M + damping I in float64 with a single copy; None where LAPACK is not at hand, or not content."""
+    if not matrix.numel() or not lapack.knows(torch.float64, matrix.device):
+        return None
+    n = matrix.shape[-1]
+    damped = torch.empty(matrix.shape, dtype=torch.float64).copy_(matrix)
+    damped.diagonal(dim1=-2, dim2=-1).add_(damping)
+    pieces = damped.view(-1, n, n).split(max(1, _PIECE_BYTES // (8 * n**2)))
+    definite = all(side_by_side(lapack.factor, pieces, damped.device))
+    return damped.mT.tril_() if definite else None
+
+
 def damped_cholesky(matrix: Tensor, damping: float, what: str = "the matrix") -> Tensor:
     """Lower Cholesky factor of M + damping I in float64, for one matrix or a batch ``(..., n, n)``.
 
     A positive semi-definite matrix can lose definiteness to rounding; then 10 ε tr(M)/n is added once (with a
     warning) before giving up. Source of the retry: our choice, a few units of the rounding error of the trace.
     """
+    factor = _factor_of_copy(matrix, damping)
+    if factor is not None:
+        return factor
     symmetric = _symmetric(matrix, what)
     n = symmetric.shape[-1]
     identity = torch.eye(n, dtype=symmetric.dtype, device=symmetric.device)

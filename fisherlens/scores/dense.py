@@ -249,8 +249,13 @@ class DenseScores(LayerScores):
         return DenseScores(self.layer, self.a, torch.einsum("nr,nrto->nto", coefficients, self.g)[:, None])
 
     def _within_units(self, index: Tensor) -> bool:
+        if self.t > 1 or index.shape[1] < 2:
+            return self.t == 1
+        first, _ = self._split(index[:1])
+        if (first != first[:, :1]).any():  # as it mostly is, where it is not so
+            return False
         unit, _ = self._split(index)
-        return self.t == 1 and bool((unit == unit[:, :1]).all())
+        return bool((unit == unit[:, :1]).all())
 
     def block_row_count(self, index: Tensor) -> int:
         return self.n if self._within_units(index) else self.rows
