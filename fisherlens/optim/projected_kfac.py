@@ -15,7 +15,8 @@ from fisherlens.optim.checks import whole
 from fisherlens.optim.factors import matrix_of, matrix_shape, write_matrix
 from fisherlens.optim.groups import Groups
 from fisherlens.optim.layerwise import LayerWise, accumulate
-from fisherlens.optim.projection import Pair, Seen, Side, apply_side, power_steps, rows_of, seen_from, shares
+from fisherlens.optim.projection import Pair, Seen, Side, apply_side, power_steps, seen_from, shares
+from fisherlens.optim.side_rows import PatchRows, Rows, rows_of
 from fisherlens.optim.tap import Call, Pass
 
 
@@ -152,7 +153,7 @@ class ProjectedKFAC(LayerWise):
         self._held: dict[str, list[list[Call]]] = {}
         self._counts: dict[str, int] = {}
 
-    def _rows(self, layer: LayerInfo, passes: Sequence[Sequence[Call]]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _rows(self, layer: LayerInfo, passes: Sequence[Sequence[Call]]) -> Iterator[tuple[Rows | PatchRows, Rows]]:
         for calls in passes:
             yield from rows_of(layer, calls, self._parameters[0].dtype, self._workspace)
 

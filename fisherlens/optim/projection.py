@@ -11,12 +11,9 @@ import torch
 from torch import Tensor
 
 from fisherlens.errors import NonFiniteError
-from fisherlens.layout import LayerInfo
-from fisherlens.linalg.memory import Workspace
 from fisherlens.optim import texts
 from fisherlens.optim.averages import Averages
-from fisherlens.optim.factors import positions
-from fisherlens.optim.tap import Call
+from fisherlens.optim.side_rows import PatchRows, Rows
 
 DAMPING_COLUMNS = 4  # per update, in cyclic order
 
@@ -100,11 +97,12 @@ class Pair(NamedTuple):
         return Pair(self.a + other.a, self.g + other.g)
 
 
-def seen_from(P: Tensor, x: Tensor, sketches: int, generator: torch.Generator) -> Seen:
-    """Look at rows x, in columns (B, d, m), from a basis, with fresh random signs."""
-    y = P.mT @ x  # (B, r, m)
-    signs = torch.randint(0, 2, (len(x), x.shape[2], sketches), generator=generator, device="cpu")
-    return Seen(y @ y.mT, y @ (2 * signs - 1).to(x.device, x.dtype), x.square().sum((1, 2)))
+def seen_from(P: Tensor, x: Rows | PatchRows, sketches: int, generator: torch.Generator) -> Seen:
+    """Look at rows from a basis, with fresh random signs."""
+    y = x.seen(P)  # (B, r, m)
+    drawn = torch.randint(0, 2, (len(y), y.shape[2], sketches), generator=generator, dtype=torch.int8, device="cpu")
+    signs = drawn.to(y.device, y.dtype).mul_(2).sub_(1)
+    return Seen((y @ y.mT) * x.factor**2, (y @ signs) * x.factor, x.squares() * x.factor**2)
 
 
 def random_basis(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -116,7 +114,7 @@ def random_basis(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def power_steps(
-    sides: Sequence[Side], rows: Callable[[], Iterator[tuple[Tensor, ...]]], generator: torch.Generator
+    sides: Sequence[Side], rows: Callable[[], Iterator[tuple[Rows | PatchRows, ...]]], generator: torch.Generator
 ) -> list[Tensor]:
     """P ← qr(C P) from the rows of the current batch; the first time from random directions, twice."""
     P = [random_basis(side.P, generator) if not side.steps else side.P for side in sides]
@@ -126,19 +124,11 @@ def power_steps(
         powers = [torch.zeros_like(one) for one in P]
         for found in rows():
             for power, one, x in zip(powers, P, found, strict=True):
-                power += x @ (x.mT @ one)
+                power += x.power(one)
         if not all(torch.isfinite(power).all() for power in powers):
             raise NonFiniteError(texts.BAD_STATISTICS.format(layer=sides[0].layer))
         P = [orthonormal(power, one) for power, one in zip(powers, P, strict=True)]
     return P
-
-
-def rows_of(
-    layer: LayerInfo, calls: Sequence[Call], dtype: torch.dtype, workspace: Workspace
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of the two factors in columns, (B, d_i, m) and (B, d_o, m): positions, those of scores divided by √T."""
-    for a, g in positions(layer, calls, dtype, workspace):
-        yield a.flatten(2), g.flatten(2) / math.sqrt(g.shape[3])
 
 
 def shares(a: Side, g: Side, damping: float) -> tuple[Tensor, Tensor]:
