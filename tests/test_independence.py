@@ -263,3 +263,26 @@ def test_a_single_partition_needs_no_list():
     F = case("mlp_tanh").fisher()
     for one in ("unit", fl.partition(F, "unit"), {"everything": range(79)}):
         assert fl.independence(F, one).sizes["partition"] == 1
+
+
+@pytest.mark.parametrize("damping", [1e-5, 1e-2])
+def test_whole_layers_of_fewer_directions_than_rows_at_a_small_damping(damping):
+    """Gram matrices of layers that are singular: what lies in their null spaces stands for no vector, and must not grow into the answer."""
+    generator = torch.Generator().manual_seed(5)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(32, 17), nn.ReLU(), nn.Linear(17, 4)
+    ).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.2 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(20, 3, 6, 6, generator=generator, dtype=torch.float64)
+    F = fl.Fisher(model, (x, torch.randint(4, (20,), generator=generator)), likelihood="categorical")
+    found = fl.independence(F, "layer", damping=damping).isel(partition=0).sel(layer="all")
+    T = F.dense()
+    mu = reference.preconditioned_spectrum(
+        T, reference.block_diagonal(T, list(fl.partition(F, "layer").blocks)), damping
+    )
+    assert found.mu_max <= 3
+    assert found.mu_max.item() == pytest.approx(mu[0].item(), rel=0.01)
+    assert found.condition_number.item() == pytest.approx((mu[0] / mu[-1]).item(), rel=0.01)

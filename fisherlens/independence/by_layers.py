@@ -28,17 +28,24 @@ def has_room(target: Target) -> bool:
     return target.exact and not F.solver.dense_side and 2 * len(F.scores.layers) * F.scores.rows**2 * 8 <= F.memory
 
 
-def layer_extremes(target: Target, damping: float) -> tuple[Extreme, Extreme]:
-    """Smallest and largest μ of the pair (F + λ, its layer blocks + λ), each to half the relative tolerance; 1 where F is zero."""
+def layer_extremes(target: Target, damping: float) -> tuple[Extreme, Extreme] | None:
+    """Smallest and largest μ of the pair (F + λ, its layer blocks + λ), each to half the relative tolerance; 1 where F is zero.
+
+    None where rounding has made them worthless. Coefficients in the null space of a k_l stand for no vector at all, and products with F put some there. M is the
+    identity on them, so that they grow as the polynomials of the run do at μ = 1: without bounds where no μ is near, as for a small damping. The
+    quotient of the vector that was found then differs from its Ritz value.
+    """
     space = _Coefficients(target, damping)
     options = run_options(target.options, target.F.n_params) | {"dot": space.dot}
     start = Probes(space.k.shape[0] * space.k.shape[1], space.k.dtype, space.k.device, target.options.seed)
     c = start.gaussian(1).view(space.k.shape[:2])
     c /= torch.linalg.vector_norm(c)
     runs = [lanczos_run(space.whole(c), **options), lanczos_run(space.blocks(c), **options)]
-    (high,), (inverse,) = serve(runs, space)
+    (high,), (inverse,) = found = serve(runs, space)
     if not high.steps:
         return Extreme(1.0, 0.0, 0, True), Extreme(1.0, 0.0, 0, True)
+    if not all(space.stands(which, one, target.options.tol / 2) for which, (one,) in enumerate(found)):
+        return None
     return Extreme(1 / inverse.value, inverse.error, inverse.steps, inverse.converged), high
 
 
@@ -53,6 +60,7 @@ class _Coefficients:
         # Woodbury loses as many digits as F is larger than λ
         top = torch.linalg.matrix_norm(k.sum(0)).item()
         self._last: list[tuple[Tensor, int, Tensor]] = []
+        self._asked: list[list[Tensor]] = [[], []]
         self.k = k if top * torch.finfo(k.dtype).eps <= _SAFE * damping else k.double()
 
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
@@ -95,4 +103,18 @@ class _Coefficients:
             (1, True): self.blocks,
             (1, False): self._solve_whole,
         }
+        for k, kind, v in questions:
+            if kind == PRODUCT:
+                self._asked[k].append(v)
         return [act[k, kind == PRODUCT](v) for k, kind, v in questions]
+
+    def stands(self, which: int, found: Extreme, tol: float) -> bool:
+        """Whether the vector that a run found has the quotient that it says."""
+        if found.weights is None:
+            return False
+        x = sum(float(weight) * v for weight, v in zip(found.weights, self._asked[which], strict=True))
+        a, m = (
+            self.dot(x, act(x)).item()
+            for act in ((self.whole, self.blocks) if which == 0 else (self.blocks, self.whole))
+        )
+        return m > 0 and abs(a / m - found.value) <= tol * abs(found.value)

@@ -67,10 +67,11 @@ def extreme_ratios(target: Target, stand_ins: Sequence[StandIn], damping: float)
     found: dict[int, Ratios] = {}
     rest: list[int] = []
     for k, stand_in in enumerate(stand_ins):
-        if stand_in.by_layers and has_room(target):
-            found[k] = _told(*layer_extremes(target, damping), target, stand_in)
-        else:
+        pair = layer_extremes(target, damping) if stand_in.by_layers and has_room(target) else None
+        if pair is None:
             rest.append(k)
+        else:
+            found[k] = _told(*pair, target, stand_in)
     for first in range(0, len(rest), together):
         some = rest[first : first + together]
         found |= zip(some, _by_lanczos(target, [stand_ins[k] for k in some], damping), strict=True)
