@@ -159,6 +159,26 @@ def test_a_penalty_in_the_loss_keeps_its_size_in_all_epochs():
         torch.testing.assert_close(flat(model), wanted, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("epoch_steps", [1, 2])
+def test_clipping_by_norm_clips_the_step_in_all_epochs(epoch_steps, dtype):
+    found = []
+    for factor in (1.0, 0.1):
+        model, x, y = make("flattened")
+        model, x = model.to(dtype), x.to(dtype)
+        opt, places = FNGD(model, lr=0.1, epoch_steps=epoch_steps, momentum=0.0), []
+        for k in range(2):
+            opt.zero_grad()
+            functional.cross_entropy(model(x), y).backward()
+            if k == 1:
+                length = torch.linalg.vector_norm(torch.cat([p.grad.reshape(-1) for p in model.parameters()])).item()
+                nn.utils.clip_grad_norm_(model.parameters(), factor * length)
+            opt.step()
+            places.append(flat(model))
+        found.append(places[1] - places[0])
+    torch.testing.assert_close(found[1], 0.1 * found[0], rtol=1e-3 if dtype == torch.float32 else 1e-5, atol=1e-7)
+
+
 def test_the_epoch_can_be_ended_by_hand():
     model, x, y = make("dense")
     opt = FNGD(model, **PLAIN)

@@ -94,8 +94,8 @@ class FNGD(RowMethod):
     -----
     Source: arXiv 2403.03473; its damping strategy is not available to us. Where c̄ is in use, the ``.grad`` of Linear and convolution
     layers is the *weighted* gradient, also as ``torch.autograd.grad`` of the live parameters shows it; there is therefore no ``kl_clip``,
-    and clipping of gradients by norm clips the step. Positions count on over several backward passes before a step, each after its own
-    forward pass. Positions of a batch beyond those of the first epoch take mean(c̄). A sequence has one coefficient. Cost: in the first
+    and clipping of gradients by norm clips the step in all epochs. Positions count on over several backward passes before a step, each
+    after its own forward pass. Positions of a batch beyond those of the first epoch take mean(c̄). A sequence has one coefficient. Cost: in the first
     epoch 2 M² (d_i + d_o) + M³/3 per dense layer and one more weight gradient; afterwards M d_o multiplications per layer.
 
     Examples
@@ -185,9 +185,7 @@ class FNGD(RowMethod):
             known.add(c.to(like.dtype))
             used = known.at(0, n, constant=self.coefficients == "layer")
             d, explained = block.spread(torch.stack([used, torch.ones_like(used)], dim=1) * share).unbind(1)
-            # a penalty in the loss, say, is no sum of rows: it keeps its own size, as in later epochs
-            rest = self._beyond_rows(block, block.of(gradient), explained)
-            block.write(d if rest is None else d + rest, out, active)
+            block.write(self._as_given(block, block.of(gradient), d, explained), out, active)
 
     def _state(self) -> dict[str, Any]:
         kept = {name: {"mean": one.mean, "steps": one.steps} for name, one in self._coefficients.items()}

@@ -165,6 +165,16 @@ class RowMethod(NaturalGradient):
         size = self._share() * math.sqrt(block.rows.rows * block.gram.diagonal().sum().item())
         return rest if torch.linalg.vector_norm(rest).item() > 16 * torch.finfo(g.dtype).eps * size else None
 
+    def _as_given(self, block: KernelSolve, g: Tensor, d: Tensor, explained: Tensor) -> Tensor:
+        """The direction for a gradient that is not the sum of the rows alone."""
+        rest = self._beyond_rows(block, g, explained)
+        if rest is None:
+            return d
+        factor = (g @ explained) / (explained @ explained) if explained.any() else 0.0
+        if self._beyond_rows(block, g, factor * explained) is None:
+            return factor * d  # all of it was scaled, as clip_grad_norm_ does
+        return d + rest  # a penalty in the loss, say: it keeps its own size, as in later epochs
+
     # --- state -------------------------------------------------------------------------------------------------------
 
     def _state(self) -> dict[str, Any]:
