@@ -303,6 +303,12 @@ def test_directions_mark_clusters_and_write_shares():
     assert len(quiet.get_lines()) == 2
 
 
+def test_one_axes_for_several_panels_is_told():
+    ds = xr.Dataset({"layer_share": (("rank", "layer"), [[0.9, 0.1]])}, {"rank": [0], "layer": ["0", "2"]})
+    with pytest.raises(InputError, match=r"axes lacks 'layer_share'\. Pass a dict panel -> Axes"):
+        plots.directions(ds, plt.figure().subplots(), panels=["layer_share"])
+
+
 def test_directions_of_one_panel_and_on_given_axes():
     assert list(plots.directions(directions(), panels=["layer_share"])) == ["layer_share"]
     _, axes = plt.subplots(2, 1, figsize=(8, 6), layout="constrained")

@@ -81,7 +81,7 @@ def approximations(
     own = axes is None
     if axes is None:
         axes = _new_axes(panels, names)
-    missing = [panel for panel in panels if panel not in axes]
+    missing = common.lacking(axes, panels)
     if missing:
         raise InputError(_MISSING_AXES.format(missing=missing[0], panels=panels))
     for at, panel in enumerate(panels):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +79,11 @@ def fit(array: xr.DataArray, *, caller: str, needs: Sequence[str], may: Sequence
 def entries(array: xr.DataArray, dim: str) -> list[str]:
     """The names along a dim, as text; places where it has no coordinate."""
     return [str(value) for value in array[dim].values]
+
+
+def lacking(axes: Any, panels: Sequence[str]) -> list[str]:
+    """The panels that have no Axes of their own: all of them where ``axes`` is no dict, a single Axes, say."""
+    return [panel for panel in panels if not isinstance(axes, Mapping) or panel not in axes]
 
 
 def choose(name: str, value: str, known: Sequence[str]) -> str:

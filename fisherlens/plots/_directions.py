@@ -76,7 +76,7 @@ def directions(
     places, names = _columns(first)
     if axes is None:
         axes = _new_axes(panels, len(places), shares.sizes["layer"] if shares is not None else 0)
-    missing = [panel for panel in panels if panel not in axes]
+    missing = common.lacking(axes, panels)
     if missing:
         raise InputError(_MISSING_AXES.format(missing=missing[0], panels=panels))
     chosen = {panel: axes[panel] for panel in panels}

@@ -252,7 +252,7 @@ def independence_panels(
             dataset, variables[0], caller="independence_panels", source="fl.independence", needs=("partition", "layer")
         )
         axes = _panel_axes(variables, first.sizes["partition"], first.sizes["layer"] if layers is None else len(layers))
-    missing = [name for name in variables if name not in axes]
+    missing = common.lacking(axes, variables)
     if missing:
         raise InputError(_ONE_FIGURE.format(missing=missing[0], variables=variables))
     drawn = {name: independence(dataset, axes[name], variable=name, layers=layers, legend=False) for name in variables}

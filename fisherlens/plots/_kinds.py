@@ -83,7 +83,7 @@ def kinds(
     dataset = _one_layer(dataset, layer)
     if axes is None:
         axes = _new_axes(panels)
-    missing = [panel for panel in panels if panel not in axes]
+    missing = common.lacking(axes, panels)
     if missing:
         raise InputError(_MISSING_AXES.format(missing=missing[0], panels=panels))
     for panel in panels:

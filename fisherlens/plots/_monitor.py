@@ -97,7 +97,7 @@ def monitor(
         raise InputError(_NOTHING)
     if axes is None:
         axes = _new_axes(chosen)
-    missing = [name for name in chosen if name not in axes]
+    missing = common.lacking(axes, chosen)
     if missing:
         raise InputError(
             f"axes must hold one Axes for each of the panels {chosen}; {missing[0]!r} is missing. Give it, or name other panels."

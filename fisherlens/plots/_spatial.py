@@ -61,7 +61,7 @@ def spatial_coupling(
     panels.append("distance")
     if axes is None:
         axes = _new(panels, dataset)
-    missing = [name for name in panels if name not in axes]
+    missing = common.lacking(axes, panels)
     if missing:
         raise InputError(_MISSING.format(panels=panels, missing=missing[0]))
     if "kernel" in panels:
