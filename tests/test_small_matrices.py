@@ -89,6 +89,10 @@ except ZeroDivisionError:
     print("raised")
 assert torch.get_num_threads() == 3
 new = []
+from threadpoolctl import threadpool_info
+blas = lambda: [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+before = blas()
+assert side_by_side(lambda k: max(blas()), range(3), cpu) == [1, 1, 1] and blas() == before
 thread = threading.Thread(target=lambda: new.append(torch.get_num_threads())); thread.start(); thread.join()
 assert new == [3], new
 torch.set_num_threads(1)

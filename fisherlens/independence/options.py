@@ -19,7 +19,7 @@ DEFLATE = 10
 # Lanczos steps after which a condition number is given up (our choice; about 20 are usual at 1 %).
 MAX_STEPS = 500
 # Steps that are made before a value is believed; up to so many parameters steps cost nothing, and more of them are made (our choice).
-_LEAST_STEPS, _SMALL, _LEAST_STEPS_SMALL = 10, 20_000, 20
+_LEAST_STEPS, _SMALL, _LEAST_STEPS_SMALL = 8, 20_000, 20
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from fisherlens.errors import NonFiniteError, NumericalWarning
 from fisherlens.linalg import lapack
 from fisherlens.linalg.threads import side_by_side
 
-# Matrices that are factored on one thread together, in float64 (our choice).
+# Matrices that are factored on one thread together, in float64, and numbers from which solves are worth several (our choices).
 _PIECE_BYTES = 8 * 2**20
+_SHARED = 2**21
 
 
 def require_finite(matrix: Tensor, what: str) -> None:
@@ -138,6 +139,14 @@ def damped_cholesky(matrix: Tensor, damping: float, what: str = "the matrix") ->
 
 def solve_factored(factor: Tensor, b: Tensor) -> Tensor:
     """Solve L Lᵀ X = B for lower factors ``(..., n, n)`` and few columns ``(..., n, K)``; batches several times faster than torch.cholesky_solve."""
+    if factor.dim() == 3 and factor.numel() >= _SHARED and torch.get_num_threads() > 1 and factor.device.type == "cpu":
+        step = -(-len(factor) // torch.get_num_threads())
+        pieces = list(zip(factor.split(step), b.split(step), strict=True))
+        return torch.cat(side_by_side(lambda piece: _solve_factored(*piece), pieces, factor.device))
+    return _solve_factored(factor, b)
+
+
+def _solve_factored(factor: Tensor, b: Tensor) -> Tensor:
     half = torch.linalg.solve_triangular(factor, b, upper=False)
     return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 

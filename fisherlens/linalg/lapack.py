@@ -1,6 +1,7 @@
 """A few routines of LAPACK for many small matrices on the CPU: in place, without copies, and without Python's lock, so that threads share them.
 
-scipy keeps the addresses of its routines for compiled callers (``scipy.linalg.cython_lapack``); its own wrappers hold the lock.
+scipy keeps the addresses of its routines for compiled callers (``scipy.linalg.cython_lapack``); its own wrappers hold the lock. Each call
+runs on the thread that makes it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
+
+from fisherlens.linalg.threads import alone
 
 _LETTER = {torch.float32: "s", torch.float64: "d"}
 _INT, _CHAR, _DATA = ctypes.POINTER(ctypes.c_int), ctypes.c_char_p, ctypes.c_void_p
@@ -47,9 +50,10 @@ def factor(matrices: Tensor) -> bool:
     """Cholesky factors of ``(B, n, n)``, column by column in the place of the lower triangles; whether all are positive definite."""
     potrf = _routine("potrf", matrices.dtype, _CHAR, _INT, _DATA, _INT, _INT)
     n, info, good = ctypes.c_int(matrices.shape[-1]), ctypes.c_int(), True
-    for at in _addresses(matrices):
-        potrf(b"L", n, at, n, info)
-        good = good and info.value == 0
+    with alone:
+        for at in _addresses(matrices):
+            potrf(b"L", n, at, n, info)
+            good = good and info.value == 0
     return good and _finite(matrices.diagonal(dim1=-2, dim2=-1))
 
 
@@ -81,14 +85,16 @@ class Packed:
         """Cholesky factors in the place of ``(B, n (n + 1) / 2)``, packed alike; whether all are positive definite."""
         pftrf = _routine("pftrf", matrices.dtype, _CHAR, _CHAR, _INT, _DATA, _INT)
         n, info, good = ctypes.c_int(self.n), ctypes.c_int(), True
-        for at in _addresses(matrices):
-            pftrf(b"N", b"L", n, at, info)
-            good = good and info.value == 0
+        with alone:
+            for at in _addresses(matrices):
+                pftrf(b"N", b"L", n, at, info)
+                good = good and info.value == 0
         return good and _finite(matrices[:, self.diagonal])
 
     def solve(self, factors: Tensor, v: Tensor) -> None:
         """Write the inverses times vectors ``(B, K, n)`` in the place of these."""
         pftrs = _routine("pftrs", v.dtype, _CHAR, _CHAR, _INT, _INT, _DATA, _DATA, _INT, _INT)
         n, columns, info = ctypes.c_int(self.n), ctypes.c_int(v.shape[1]), ctypes.c_int()
-        for at, room in zip(_addresses(factors), _addresses(v), strict=True):
-            pftrs(b"N", b"L", n, columns, at, room, n, info)
+        with alone:
+            for at, room in zip(_addresses(factors), _addresses(v), strict=True):
+                pftrs(b"N", b"L", n, columns, at, room, n, info)
