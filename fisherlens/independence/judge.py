@@ -116,12 +116,18 @@ def energy(target: Target, sizes: Any, inside: float) -> dict[str, float]:
     }
 
 
-def errors_of(target: Target, inside: Callable[[], float], within: Callable[[], float], note: Note) -> dict[str, float]:
-    """Squared errors over ‖F‖²: couplings that are dropped, what is wrong inside the blocks, and the norm of both together."""
+def errors_of(
+    target: Target, inside: Callable[[], float], within: Callable[[], float], note: Note, *, one_block: bool
+) -> dict[str, float]:
+    """Squared errors over ‖F‖²: couplings that are dropped, what is wrong inside the blocks, and the norm of both together.
+
+    Nothing lies outside one block, whose norm then is that of F and known.
+    """
     names = ("dropped_coupling", "within_block_error", "relative_error")
     sems = [f"{name}_sem" for name in names]
     try:
-        norm2, kept, wrong = target.squared_norm, inside(), within()
+        kept, wrong = inside(), within()
+        norm2 = Value(kept) if one_block else target.squared_norm
     except MemoryBudgetError as error:
         note(f"The error split on {target.name!r} is left out. {error}")
         return dict.fromkeys([*names, *sems], math.nan)
@@ -129,7 +135,8 @@ def errors_of(target: Target, inside: Callable[[], float], within: Callable[[], 
         return dict.fromkeys([*names, *sems], 0.0)
     dropped, wrong, relative = max(1 - kept / norm2.value, 0.0), wrong / norm2.value, norm2.sem / norm2.value
     total = math.sqrt(dropped + wrong)
-    slope = abs(kept / norm2.value - wrong) * relative  # of dropped + wrong by ‖F‖²
+    # of dropped + wrong by ‖F‖²; an estimate below what is kept changes nothing of couplings that are then none
+    slope = abs((kept / norm2.value if dropped else 0.0) - wrong) * relative
     return {
         "dropped_coupling": dropped,
         "within_block_error": wrong,

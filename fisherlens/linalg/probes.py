@@ -13,9 +13,6 @@ from fisherlens.errors import NonFiniteError
 
 Product = Callable[[Tensor], Tensor]
 
-# Sets normal probes apart from other normal numbers of the same seed: the start of Lanczos, whose eigenvectors of a repeated eigenvalue are parts of
-# it, or a user's data and weights. torch takes the lower 32 bits of a seed, and these differ.
-_NORMAL = 0x9E3779B9
 # A spread of fewer probes is no error to speak of.
 MIN_PROBES = 3
 
@@ -53,8 +50,7 @@ class Probes:
 
     def __init__(self, n: int, dtype: torch.dtype, device: torch.device, seed: int):
         self.n, self.dtype, self.device = n, dtype, device
-        self._generator = torch.Generator().manual_seed(seed)
-        self._normal = torch.Generator().manual_seed(seed ^ _NORMAL)
+        self._generator = torch.Generator().manual_seed(int(seed))
 
     def signs(self, k: int) -> Tensor:
         """Random signs (Rademacher), ``(n, k)``."""
@@ -63,12 +59,12 @@ class Probes:
 
     def gaussian(self, k: int) -> Tensor:
         """Standard normal vectors, ``(n, k)``."""
-        draws = torch.randn(k, self.n, generator=self._normal, dtype=torch.float64)
+        draws = torch.randn(k, self.n, generator=self._generator, dtype=torch.float64)
         return draws.T.to(self.device, self.dtype)
 
     def sphere(self, k: int) -> Tensor:
         """Uniform on the sphere of radius √n, ``(n, k)``."""
-        draws = torch.randn(k, self.n, generator=self._normal, dtype=torch.float64)
+        draws = torch.randn(k, self.n, generator=self._generator, dtype=torch.float64)
         draws *= self.n**0.5 / torch.linalg.vector_norm(draws, dim=1, keepdim=True)
         return draws.T.to(self.device, self.dtype)
 

@@ -27,6 +27,9 @@ from fisherlens.spectrum.side import Side
 
 Function = Callable[[np.ndarray], np.ndarray]
 
+# Sets the probes apart from other normal numbers of the same seed: the start of Lanczos, whose eigenvectors of a repeated eigenvalue are parts of
+# it, or a user's data and weights. torch takes the lower 32 bits of a seed, and these differ.
+_APART = 0x9E3779B9
 # Residual, relative to the largest eigenvalue, up to which a Ritz pair counts as an eigenpair; its effect is bounded and reported.
 _CONVERGED = 1e-6
 
@@ -128,7 +131,7 @@ def sample(side: Side, num_probes: int, num_matvecs: int, deflate: int, seed: in
     """
     values, basis, products, leak, top = _leading(side, min(deflate, side.order // 4), num_probes * num_matvecs, seed)
     left = side.order - len(values)
-    x = wide(Probes(side.order, side.dtype, side.device, seed).gaussian(num_probes))
+    x = wide(Probes(side.order, side.dtype, side.device, int(seed) ^ _APART).gaussian(num_probes))
     for _ in range(2 if len(values) else 0):
         x = x - wide(basis) @ (wide(basis).T @ x)
     x = x * (left**0.5 / torch.linalg.vector_norm(x, dim=0))
