@@ -253,3 +253,17 @@ def test_self_gram_by_tiles(m):
     found = self_gram(x)
     assert error(found, x @ x.T) < 1e-14
     assert torch.equal(found, found.T)
+
+
+def test_numbers_of_numpy_are_numbers():
+    """A count or a seed often comes out of an array."""
+    c = case("mlp_tanh")
+    F = c.fisher(memory=np.int64(10**8), seed=np.int64(1))
+    three = np.arange(4)[3]
+    assert fl.top_eigenvalues(F, three, seed=three, tol=np.float32(1e-4), max_matvecs=np.int64(900)).sizes["rank"] == 3
+    options = {"num_probes": three, "num_matvecs": three, "seed": three, "deflate": None}
+    assert fl.spectral_density(F, **options).sizes["probe"] == 3
+    assert fl.estimate_trace(F, num_matvecs=np.int64(12), seed=three).attrs["num_matvecs"] == 12
+    assert fl.spectrum(F, bootstrap=np.int64(20), seed=three)["trace_low"] > 0
+    with pytest.raises(InputError, match=r"k must be an integer >= 1; got np\.float64\(3\.0\)"):
+        fl.top_eigenvalues(F, np.float64(3))

@@ -101,7 +101,7 @@ class Krylov:
         self, n: int, dtype: torch.dtype, device: torch.device, *, capacity: int, metric: Metric | None, seed: int
     ):
         self.n, self.dtype, self.device, self.metric = n, dtype, device, metric
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(int(seed))
         self.eps = torch.finfo(dtype).eps
         self._v = torch.empty(capacity, n, dtype=dtype, device=device)
         self._z = self._v if metric is None else torch.empty_like(self._v)  # B V

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -18,7 +19,7 @@ _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "
 
 def parse_memory(memory: str | float) -> int:
     """Bytes from a number or a text such as ``"2GiB"``."""
-    if isinstance(memory, (int, float)) and not isinstance(memory, bool) and math.isfinite(memory) and memory > 0:
+    if isinstance(memory, numbers.Real) and not isinstance(memory, bool) and math.isfinite(memory) and memory > 0:
         return int(memory)
     if isinstance(memory, str):
         text = memory.strip().upper()

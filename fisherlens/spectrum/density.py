@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -130,6 +131,7 @@ def spectral_density(
     """
     points = check_grid(grid, width, num_points)
     _check(F, num_probes, num_matvecs, method, seed, deflate)
+    num_probes, num_matvecs, seed = int(num_probes), int(num_matvecs), int(seed)
     if points is None and grid == "log" and getattr(F, "kind", None) == "hessian":
         raise InputError(_NEGATIVE.format(found="This is a Hessian, whose eigenvalues may be negative"))
     parts = list(_parts(F, by))
@@ -194,7 +196,7 @@ _COARSE = (
 def _check(F: Any, num_probes: Any, num_matvecs: Any, method: Any, seed: Any, deflate: Any) -> None:
     as_symmetric(F)
     for name, value, least in (("num_probes", num_probes, 1), ("num_matvecs", num_matvecs, 1), ("seed", seed, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
             raise InputError(f"{name} must be an integer >= {least}; got {value!r}.")
     if method not in METHODS:
         raise InputError(

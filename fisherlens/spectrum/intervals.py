@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,9 @@ from fisherlens.errors import InputError
 
 def check_count(name: str, value: Any, least: int, meaning: str) -> int:
     """Refuse what is not an integer of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
         raise InputError(f"{name} must be an integer >= {least}, {meaning}; got {value!r}.")
-    return value
+    return int(value)
 
 
 def check_probing(num_probes: Any, num_matvecs: Any, deflate: Any, seed: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import numbers
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -134,10 +135,10 @@ def top_eigenvalues(
     view = as_symmetric(F)
     k = _count(k, "k", 1)
     budget = max(1000, 50 * k) if max_matvecs is None else _count(max_matvecs, "max_matvecs", 2)
-    _count(seed, "seed", 0)
+    seed = _count(seed, "seed", 0)
     _known("option which=", which, WHICH)
     _known("method", method, METHODS)
-    if not isinstance(tol, (int, float)) or not 0 < tol < 1:
+    if not isinstance(tol, numbers.Real) or not 0 < tol < 1:
         raise InputError(
             f"tol must be a number between 0 and 1, the residual relative to the largest eigenvalue; got {tol!r}."
         )
@@ -146,7 +147,7 @@ def top_eigenvalues(
             "by= cuts F into blocks, but B couples them: leave out by=, or restrict both to a layer before the call."
         )
     pencil = metric_of(B, damping, view)
-    wish = Wish(k, which, tol, vectors, seed, method, budget, pencil)
+    wish = Wish(k, which, float(tol), vectors, seed, method, budget, pencil)
     if by is not None and not (isinstance(by, str) and by == "layer" and isinstance(F, Fisher)):
         return _from_spectrum(F, by, wish)
     names = None if by is None else [*F.layout.layer_names, WHOLE]
@@ -158,9 +159,9 @@ def top_eigenvalues(
 
 
 def _count(value: Any, name: str, least: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
         raise InputError(f"{name} must be an integer >= {least}; got {value!r}.")
-    return value
+    return int(value)
 
 
 def _known(what: str, name: Any, known: Sequence[str]) -> None:
