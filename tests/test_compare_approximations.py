@@ -212,6 +212,20 @@ def test_estimates_are_within_their_errors(seed):
     assert "quadrature" in found.attrs["method"] or "Lanczos" in found.attrs["method"]
 
 
+def test_nothing_is_dropped_outside_one_block_also_where_norms_are_estimated():
+    F = case("mlp_tanh").fisher()
+    options = {"damping": LAMBDA, "num_probes": 3, "num_matvecs": 3, "seed": 1}
+    exact, found = (
+        fl.compare_approximations(F, [fl.KFAC, "layer"], method=method, **options) for method in ("exact", "estimate")
+    )
+    layers = list(F.layout.layer_names)
+    for name in ("dropped_coupling", "within_block_error", "relative_error"):
+        assert np.allclose(found[name].sel(layer=layers), exact[name].sel(layer=layers), rtol=1e-9, atol=1e-12), name
+        assert (found[f"{name}_sem"].sel(layer=layers) == 0).all(), name
+    assert (found["dropped_coupling"].sel(layer=layers) == 0).all()
+    assert (found["dropped_coupling_sem"].sel(layer="all") > 0).all()
+
+
 def test_a_large_order_is_estimated_without_being_told(monkeypatch):
     F = case("mlp_tanh").fisher()
     exact = fl.independence(F, ["unit", "diagonal"], damping=LAMBDA)

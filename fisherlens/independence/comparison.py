@@ -219,7 +219,8 @@ class _Compared:
         inside: Callable[[], float] = _Once(partial(squared_norm_of_blocks, F, whole.partition, layer))
         if isinstance(part, BlockDiagonal) and within() == 0:
             inside = _Once(part.squared_norm)
-        put(row, place, errors_of(target, inside, within, self.table.note))
+        found = errors_of(target, inside, within, self.table.note, one_block=len(own.sizes) == 1)
+        put(row, place, found)
         exact = within.value == 0
         if exact:
             put(row, place, energy(target, own.sizes, inside()))
