@@ -10,7 +10,7 @@ from fisherlens.linalg import memory
 from fisherlens.scores.base import LayerScores
 from fisherlens.scores.explicit import ExplicitScores
 
-# Blocks from this size on are formed by halves, the upper triangle mirrored (our choice: below it products are too small).
+# Blocks from this size on are formed strip by strip, the upper triangle mirrored (our choice: below it products are too small).
 _LARGE = 256
 _CHUNK_BYTES = 16 * 2**20
 
@@ -52,7 +52,7 @@ class Shelf:
 def large_moments(scores: LayerScores, index: Tensor) -> Tensor | None:
     """U_bᵀ U_b of large blocks ``(B, s)`` that are rows of an explicit weight, each with its bias at the end; None for other blocks.
 
-    The weight's columns are used where they lie, and only the lower half of each block is computed.
+    The weight's columns are used where they lie, and five eighths of each block are computed.
     """
     if index.shape[1] < _LARGE or not isinstance(scores, ExplicitScores) or len(scores.pieces) != 2:
         return None
@@ -63,13 +63,14 @@ def large_moments(scores: LayerScores, index: Tensor) -> Tensor | None:
         return None
     columns = weight.view(len(weight), count, size - 1).transpose(0, 1)  # (B, rows, s - 1)
     out = memory.zeros((count, size, size), weight.dtype, weight.device)
-    half, step = (size - 1) // 2, max(1, _CHUNK_BYTES // (size**2 * weight.itemsize))
+    strip, step = -(-(size - 1) // 4), max(1, _CHUNK_BYTES // (size**2 * weight.itemsize))
     for start in range(0, count, step):
         at = slice(start, start + step)
         x, b, block = columns[at], bias.T[at, :, None], out[at]
-        block[:, :half, :half] = torch.bmm(x[:, :, :half].mT, x[:, :, :half])
-        block[:, half:-1, :-1] = torch.bmm(x[:, :, half:].mT, x)
-        block[:, :half, half:-1] = block[:, half:-1, :half].mT
+        for first in range(0, size - 1, strip):
+            stop = min(first + strip, size - 1)
+            block[:, first:stop, :stop] = torch.bmm(x[:, :, first:stop].mT, x[:, :, :stop])
+            block[:, :first, first:stop] = block[:, first:stop, :first].mT
         block[:, -1, :-1] = torch.bmm(b.mT, x)[:, 0]
         block[:, :-1, -1] = block[:, -1, :-1]
         block[:, -1, -1] = b.square().sum((1, 2))

@@ -38,7 +38,7 @@ def self_gram(rows: Tensor, tile: int = 256) -> Tensor:
     return out
 
 
-def add_self_gram(out: Tensor, rows: Tensor, tile: int = 512) -> None:
+def add_self_gram(out: Tensor, rows: Tensor, tile: int = 256) -> None:
     """Add X Xᵀ to the lower triangle of ``out``, in place; what stands above the tiles of the diagonal is left for :func:`mirror`."""
     for i in range(0, len(rows), tile):
         out[i : i + tile, : i + tile].addmm_(rows[i : i + tile], rows[: i + tile].T)
