@@ -37,6 +37,26 @@ def test_the_first_step_of_kfac_is_a_dense_solve(name, form):
     assert opt.diagnostics == {"steps": 1, "refreshes": 1, "retries": 0, "fallbacks": 0}
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("n", [4, 60])
+@pytest.mark.parametrize("damping", [1e-6, 1e-2])
+def test_few_examples_of_a_wide_layer(damping, n, dtype, tolerance):
+    """With fewer examples than inputs most eigenvectors of A are not needed; the direction is that of all of them."""
+    model, x, y = make("dense wide", n=n)
+    reference = copy.deepcopy(model)
+    matrices = blocks_of(reference, x, y, KFAC(copy.deepcopy(model), **PLAIN))
+    gradient = rows_of(reference, x, y).mean(0)
+    opt = KFAC(model.to(dtype), **PLAIN | {"damping": damping})
+    before = flat(model)
+    backpropagate(opt, model, x.to(dtype), y)
+    opt.step()
+    blocks = [index for _, index in layers_of(opt)]
+    wanted = step_with(torch.zeros_like(gradient), gradient, blocks, matrices, lr=PLAIN["lr"], damping=damping)
+    # rounding of the gradient, which the inverse enlarges by up to 1/λ
+    bound = tolerance * (1 if dtype == torch.float64 else max(1.0, 1e-2 / damping))
+    assert torch.linalg.vector_norm((flat(model) - before).double() - wanted) < bound * torch.linalg.vector_norm(wanted)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_factored_damping_damps_each_factor(name):
     model, x, y = make(name)

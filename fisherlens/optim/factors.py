@@ -130,6 +130,25 @@ def rounded(vectors: Tensor) -> Tensor:
     return functional.hardshrink(vectors, torch.finfo(vectors.dtype).eps ** 2)
 
 
+# What of λ an eigenvalue of a block may be left out for, times the rounding of one (our choice: within what single precision is held to).
+_NEGLIGIBLE = 100
+
+
+def damped_direction(left: Tensor, right: Tensor, g: Tensor, a: Tensor, gradient: Tensor, damping: float) -> Tensor:
+    """(G ⊗ A + λI)⁻¹ vec(gradient) for B blocks, ``(B, d_o, d_i)``, from the eigenvectors of G and A and their eigenvalues, descending.
+
+    Where an eigenvalue of A is so small that its block is nothing beside λI, gradient over λ is left; its eigenvector is not needed.
+    """
+    g, a = g.clamp(min=0)[:, :, None], a.clamp(min=0)[:, None, :]  # below zero is rounding
+    along = normal(left.mT @ gradient)
+    rank = int((a * g.amax() > _NEGLIGIBLE * torch.finfo(a.dtype).eps * damping).sum(2).max())
+    if rank > 0.7 * a.shape[2]:
+        return normal(left @ normal((along @ right) / (g * a + damping))) @ right.mT
+    right, values = right[:, :, :rank], g * a[:, :, :rank]
+    inside = normal((along @ right) * (values / (values + damping)))
+    return (left @ normal(along - inside @ right.mT)) / damping
+
+
 class FactorSums(NamedTuple):
     """Σ_nt a aᵀ ``(B, d_i, d_i)``, Σ_nt g gᵀ / T ``(B, d_o, d_o)``, and the number of examples."""
 

@@ -13,7 +13,7 @@ from fisherlens.linalg.dense import eigenpairs
 from fisherlens.linalg.kronecker import factored_damping
 from fisherlens.optim.averages import Averages
 from fisherlens.optim.checks import choice
-from fisherlens.optim.factors import factor_sums, matrix_of, matrix_shape, normal, rounded, write_matrix
+from fisherlens.optim.factors import damped_direction, factor_sums, matrix_of, matrix_shape, rounded, write_matrix
 from fisherlens.optim.groups import Groups
 from fisherlens.optim.layerwise import LayerWise, accumulate
 from fisherlens.optim.tap import Pass
@@ -190,12 +190,9 @@ class KFAC(LayerWise):
         if jobs:
             found = iter(self._inverted(jobs))
             for pair in pairs:
-                pair.right, pair.left = normal(next(found)), normal(next(found))
+                pair.right, pair.left = next(found), next(found)
 
     def _direction_of(self, pair: KroneckerAverages, gradient: Tensor) -> Tensor:
         if self.damping_form == "factored":
-            return normal(pair.left @ gradient) @ pair.right
-        values = pair.g.clamp(min=0)[:, :, None] * pair.a.clamp(min=0)[:, None, :]  # below zero is rounding
-        damped = values + self._options(pair.layer)["damping"]
-        along = normal(pair.left.mT @ gradient) @ pair.right
-        return normal(pair.left @ normal(along / damped)) @ pair.right.mT
+            return pair.left @ gradient @ pair.right
+        return damped_direction(pair.left, pair.right, pair.g, pair.a, gradient, self._options(pair.layer)["damping"])

@@ -14,7 +14,7 @@ from fisherlens.linalg.memory import Workspace
 from fisherlens.optim import texts
 from fisherlens.optim.base import NaturalGradient
 from fisherlens.optim.checks import all_finite, whole
-from fisherlens.optim.factors import damped_inverses
+from fisherlens.optim.factors import damped_inverses, normal
 from fisherlens.optim.moments import ROWS_BYTES
 from fisherlens.optim.tap import Call, Pass
 
@@ -80,7 +80,7 @@ class LayerWise(NaturalGradient):
             result = damped_inverses(torch.cat([jobs[k][0] for k in members]), torch.cat([jobs[k][1] for k in members]))
             most = max(jobs[k][1].max().item() for k in members) if result.failed else 0.0
             self._count(result.retries, result.failed, size, most)
-            found.update(zip(members, result.matrices.split([len(jobs[k][0]) for k in members]), strict=True))
+            found.update(zip(members, normal(result.matrices).split([len(jobs[k][0]) for k in members]), strict=True))
         return [found[k] for k in range(len(jobs))]
 
     def _state(self) -> dict[str, Any]:
