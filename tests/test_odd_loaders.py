@@ -140,3 +140,11 @@ def test_inference_mode_around_everything(kind, memory):
         inside = fl.Fisher(model, made, **options)
         assert error(inside @ v, truth) < 1e-12
     assert error(inside @ v, truth) < 1e-12
+
+
+def test_a_model_made_under_inference_mode():
+    with torch.inference_mode():
+        model = network()
+    for kind in ("exact", "hessian"):
+        with pytest.raises(InputError, match=r"Parameter '0\.weight' was made under torch\.inference_mode\(\)"):
+            fl.Fisher(model, (draw(4, 6), torch.zeros(4).long()), likelihood="categorical", kind=kind)

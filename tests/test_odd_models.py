@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from cases import fill
@@ -124,3 +127,21 @@ def test_fisher_and_hessian(name, unchanged):
             assert error(H @ v, slow @ v) < 1e-6
             assert error(H @ v[:, :1], slow @ v[:, :1]) < 1e-6
             assert error(H @ v, H.dense() @ v) < 1e-10
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])  # noqa: S301 - its own pickle
+@pytest.mark.parametrize("path", ["linearised", "streamed", "hessian"])
+def test_copies_keep_what_graphs_knew(path, way, monkeypatch):
+    """A tensor comes out of a copy or a file without its graph, and its derivatives would be zero."""
+    monkeypatch.setattr("fisherlens.scores.plan._GRAPHS", 1e9 if path == "streamed" else 1e-9)
+    model = fill(Functional("vmap").double(), torch.Generator().manual_seed(0))
+    kind, memory = ("hessian", "2GiB") if path == "hessian" else ("exact", 900)
+    F = fl.Fisher(model, (draw(6, 3), torch.arange(6) % 3), likelihood="categorical", kind=kind, memory=memory)
+    assert {entry.path for entry in F.plan} == {"linearised" if path == "hessian" else path}
+    v = draw(F.n_params, 3, seed=1)
+    twin = way(F)
+    with torch.no_grad():
+        model.inner.weight.zero_()
+    for some in (v, v[:, :1]):
+        assert error(twin @ some, F @ some) < 1e-12
+        assert (F @ some).norm() > 0

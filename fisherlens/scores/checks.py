@@ -31,6 +31,11 @@ def check_model(model: nn.Module, layout: Layout) -> None:
                     "on a real device, or run one forward pass, before the analysis."
                 )
     for name, parameter in parameters.items():
+        if parameter.is_inference():
+            raise InputError(
+                f"Parameter {name!r} was made under torch.inference_mode(), where tensors can never be differentiated. Build or load the model outside of it, "
+                "or under torch.no_grad()."
+            )
         values = parameter if parameter.dtype in _DTYPES or parameter.is_complex() else parameter.float()
         if not torch.isfinite(values).all():
             raise NonFiniteError(

@@ -85,6 +85,18 @@ class LossCurvature:
             self.plan = self._make_plan(uses, nbytes)
             self._first_pass(progress)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **vars(self),
+            "_graphs": [],
+        }  # a graph survives neither a file nor a deep copy: what comes back depends on nothing
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self.kept:
+            with torch.inference_mode(False), preserved_randomness(self.device):
+                self._graphs = [self._graph(batch.own(), at, self.layout.names) for batch, at in self._pieces()]
+
     # --- passes over the data ----------------------------------------------------------------------------------------
 
     def _bind(self, outputs: Tensor, batch: Batch, at: slice) -> BoundLikelihood:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -142,14 +142,28 @@ class StreamedMatrix(ScoreMatrix):
         collector.recorder.freeze()
         source.remember()
         super().__init__([StreamedLayer(layer, self.stream) for layer in collector.layout.layers], kept, budget)
-        self._graphs: dict[int, Graph] = {}
-        if collector.plan.linearised:
-            for piece in self.stream.pieces():
-                leaves = collector.recorder.leaves()
-                # a graph holds its inputs, which a loader may write over; whole tensors are compared in every pass
-                batch = piece.batch if source.whole else piece.batch.own()
-                outputs = collector.recorder.outputs_with_graph(batch, leaves)
-                self._graphs[piece.at.start] = Graph(outputs, leaves, keep=True)
+        self._graphs = self._kept_graphs()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **vars(self),
+            "_graphs": {},
+        }  # a graph survives neither a file nor a deep copy: what comes back depends on nothing
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._graphs = self._kept_graphs()
+
+    def _kept_graphs(self) -> dict[int, Graph]:
+        """The linearised network on each piece, by its first example, where the plan keeps it."""
+        graphs: dict[int, Graph] = {}
+        recorder = self.collector.recorder
+        for piece in self.stream.pieces() if self.collector.plan.linearised else ():
+            leaves = recorder.leaves()
+            # a graph holds its inputs, which a loader may write over; whole tensors are compared in every pass
+            batch = piece.batch if self.stream.source.whole else piece.batch.own()
+            graphs[piece.at.start] = Graph(recorder.outputs_with_graph(batch, leaves), leaves, keep=True)
+        return graphs
 
     def restrict(self, names: Sequence[str]) -> ScoreMatrix:
         # layer by layer: the fused product below is of the whole network
