@@ -141,18 +141,22 @@ class Partition:
     def groups(self) -> list[BlockGroup]:
         """The blocks in batches of one layer and one size, ordered by their first block. No loop over blocks."""
         codes, sizes = self._layer_codes, self.sizes
-        order = np.lexsort((sizes, codes))  # stable, so ids ascend within a group
-        changes = (np.diff(codes[order]) != 0) | (np.diff(sizes[order]) != 0)
-        batches = np.split(order, np.flatnonzero(changes) + 1) if len(order) else []
-        flat, starts = self.flat.numpy(), self._starts
-        found = []
+        ends = np.flatnonzero((codes[1:] != codes[:-1]) | (sizes[1:] != sizes[:-1])) + 1
+        firsts = np.concatenate([[0], ends])[: len(codes)]
+        if len(firsts) < 1000 and len(set(zip(codes[firsts], sizes[firsts], strict=True))) == len(firsts):
+            batches = np.split(np.arange(len(codes)), ends) if len(codes) else []
+        else:
+            order = np.lexsort((sizes, codes))  # stable, so ids ascend within a group
+            changes = (np.diff(codes[order]) != 0) | (np.diff(sizes[order]) != 0)
+            batches = np.split(order, np.flatnonzero(changes) + 1)
+        flat, starts, names, found = self.flat.numpy(), self._starts, [*self.layout.layer_names, None], []
         for ids in sorted(batches, key=lambda ids: ids[0]):
             first, size = ids[0], int(sizes[ids[0]])
             if ids[-1] - first + 1 == len(ids):  # a run of neighbours is a view
                 index = flat[starts[first] : starts[first] + size * len(ids)].reshape(-1, size)
             else:
                 index = flat[starts[ids][:, None] + np.arange(size)]
-            found.append(BlockGroup(self.layers[first], torch.from_numpy(index), torch.from_numpy(ids)))
+            found.append(BlockGroup(names[codes[first]], torch.from_numpy(index), torch.from_numpy(ids)))
         return found
 
     @cached_property
@@ -185,10 +189,10 @@ class Partition:
         """
         info = self.layout.layer(layer)
         code = self.layout.layer_names.index(info.name)
-        if (self._layer_codes >= 0).all():  # no block is cut
-            ids = np.flatnonzero(self._layer_codes == code)
-            if len(ids) and ids[-1] - ids[0] + 1 == len(ids):
-                return self._neighbours(int(ids[0]), int(ids[-1]) + 1)
+        if self._in_order:  # no block is cut
+            first, stop = np.searchsorted(self._layer_codes, [code, code + 1]).tolist()
+            if stop > first:
+                return self._neighbours(first, stop)
         return self._pieces(np.flatnonzero(self._entry_codes == code))
 
     def _neighbours(self, first: int, stop: int) -> Partition:
@@ -202,7 +206,7 @@ class Partition:
 
     def within_layers(self) -> Partition:
         """Intersect every block with each layer, in layout order; a partition inside the layers comes back as it is."""
-        if (np.diff(self._layer_codes) >= 0).all() and (self._layer_codes >= 0).all():
+        if self._in_order:
             return self
         return self._pieces(np.argsort(self._entry_codes, kind="stable"))
 
@@ -266,7 +270,7 @@ class Partition:
         note = "storage: entries of all blocks in float32; solve: one Cholesky factor of each block, in FLOP"
         return "\n".join([head, *("  " + line.rstrip() for line in lines), note])
 
-    @property
+    @cached_property
     def _starts(self) -> np.ndarray:
         return np.cumsum(self.sizes) - self.sizes
 
@@ -284,8 +288,16 @@ class Partition:
         """Number of the layer of each block, -1 where it crosses layers."""
         if not self.num_blocks:
             return np.empty(0, dtype=np.int64)
-        lowest = np.minimum.reduceat(self._entry_codes, self._starts)
-        return np.where(lowest == np.maximum.reduceat(self._entry_codes, self._starts), lowest, -1)
+        codes, starts = self._entry_codes, self._starts
+        if _ascends(codes) and self.sizes.min() > 0:
+            return np.where(codes[starts] == codes[starts + self.sizes - 1], codes[starts], -1)
+        lowest = np.minimum.reduceat(codes, starts)
+        return np.where(lowest == np.maximum.reduceat(codes, starts), lowest, -1)
+
+    @cached_property
+    def _in_order(self) -> bool:
+        """Whether no block crosses layers, and those of a layer follow those of the layer before."""
+        return _ascends(np.concatenate([[0], self._layer_codes]))
 
     def _pieces(self, kept: np.ndarray) -> Partition:
         """Keep together only neighbours in ``kept`` (places in ``flat``) that are of one block and one layer."""
@@ -319,6 +331,10 @@ class Partition:
             shown = f"{pairs[-1][0]} to {pairs[0][0]}"
         storage = errors.readable_bytes(4 * sum(size**2 * count for size, count in pairs))
         return str(len(sizes)), shown, storage, f"{sum(size**3 * count for size, count in pairs) / 3:.3g}"
+
+
+def _ascends(x: np.ndarray) -> bool:
+    return bool((x[1:] >= x[:-1]).all())
 
 
 def partition(
