@@ -336,6 +336,8 @@ def test_bad_arguments_are_named():
     ):
         with pytest.raises(TypeError, match=text):
             compare_optimizers(data, entries, num_steps=1, seeds=seeds)
+    with pytest.raises(InputError, match=r"Every seed must lie below 2\*\*48, .* got 9223372036854775808"):
+        compare_optimizers(data, entries, num_steps=1, seeds=[2**63])
     with pytest.raises(
         TypeError, match=r"'a' is the class SGD of torch, .* Write a function: lambda model: torch\.optim\.SGD\("
     ):

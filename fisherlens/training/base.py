@@ -149,6 +149,10 @@ def check_seeds(seeds: object) -> list[int]:
     for seed in found:
         if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
             raise TypeError(f"Every seed must be an int; got {type(seed).__name__} {seed!r} in {seeds!r}.")
+        if abs(seed) >= 2**48:
+            raise InputError(
+                f"Every seed must lie below 2**48, as others are made of it; got {seed}. Small numbers do."
+            )
     return [int(seed) for seed in found]
 
 
