@@ -16,7 +16,18 @@ from torch.nn import functional
 
 from fisherlens import Fisher
 from fisherlens.errors import InputError, NonFiniteError, NumericalWarning
-from fisherlens.optim import EKFAC, KBFGS, KFAC, MBF, TNT, ProjectedKFAC, Shampoo
+from fisherlens.optim import (
+    CWNGD,
+    EKFAC,
+    KBFGS,
+    KFAC,
+    MBF,
+    TNT,
+    ProjectedKFAC,
+    QuasiDiagonal,
+    Shampoo,
+    UnitWise,
+)
 
 
 @pytest.fixture(params=FACTORS)
@@ -383,6 +394,24 @@ def test_a_parameter_that_is_frozen_later_stays(every, frozen):
             f"{type(opt).__name__} found no gradient of '3.bias' while the rest of the layer has one, as after requires_grad_(False); they "
             "stay as they are, but still count in the block of their layer. Build a new optimizer to leave them out of it."
         ]
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.99])
+@pytest.mark.parametrize("build", [KFAC, EKFAC, CWNGD, UnitWise, QuasiDiagonal])
+def test_averages_of_one_batch_are_its_own_statistics_whatever_becomes_of_their_weight(build, ema):
+    model, batch = network(), data()
+    options = {"lr": 0.1, "damping": 0.01, "ema": 0.5, "momentum": 0.0, "labels": "true", "kl_clip": None}
+    options |= {KFAC: {"inverse_refresh": 1}, CWNGD: {"momentum_ema": 0.5}}.get(build, {})
+    opt, start, moved = build(model, **options), flat(model), []
+    for k in range(5):
+        if k == 3:
+            opt.param_groups[0].update({name: ema for name in ("ema", "momentum_ema") if name in opt.param_groups[0]})
+        step(opt, model, batch)
+        moved.append(flat(model) - start)
+        nn.utils.vector_to_parameters(start.clone(), model.parameters())
+    assert moved[0].any()
+    for one in moved[1:]:
+        torch.testing.assert_close(one, moved[0], rtol=1e-8, atol=1e-12)
 
 
 def test_the_default_device_of_others_does_not_matter(every):

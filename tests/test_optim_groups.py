@@ -28,7 +28,7 @@ def moves(build, groups, steps, **options):
     for _ in range(steps):
         step(opt, model, batch)
         found.append(flat(model) - start)
-        nn.utils.vector_to_parameters(start, model.parameters())
+        nn.utils.vector_to_parameters(start.clone(), model.parameters())
     return torch.stack(found)
 
 

@@ -237,7 +237,7 @@ def test_autocast_is_close_to_single_precision(name):
             loss(model, batch).backward()
             opt.step()
             found.append(flat(model) - start)
-            nn.utils.vector_to_parameters(start, model.parameters())
+            nn.utils.vector_to_parameters(start.clone(), model.parameters())
         assert {x.dtype for x in tensors(opt.state_dict())} <= {torch.float32, torch.float64}
         paths.append(torch.stack(found))
     error = torch.linalg.vector_norm(paths[1] - paths[0]) / torch.linalg.vector_norm(paths[0])

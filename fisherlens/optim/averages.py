@@ -18,6 +18,7 @@ class Averages:
     """What of a dataclass is state: its tensors and counters, not where they belong."""
 
     steps: int
+    weight: float
 
     def state(self) -> dict[str, Any]:
         """Tensors (not copied) and counters."""
@@ -31,11 +32,17 @@ class Averages:
         """ρ x + (1 - ρ) new of some tensors, in place, and count it."""
         for name, value in new.items():
             getattr(self, name).lerp_(value, 1 - ema)
+        self.weight = moved_weight(self.weight, ema)
         self.steps += 1
 
-    def corrected(self, name: str, ema: float) -> Tensor:
+    def corrected(self, name: str) -> Tensor:
         """An average over 1 - ρ^t, which an average that started from zero falls short by."""
-        return getattr(self, name) / (1 - ema**self.steps)
+        return getattr(self, name) / self.weight
+
+
+def moved_weight(weight: float, ema: float) -> float:
+    """What of an average is data after one more update: 1 - ρ^t, also where ρ changes on the way."""
+    return ema * weight + (1 - ema)
 
 
 @dataclass(eq=False)
@@ -51,6 +58,8 @@ class BlockAverages(Averages):
     m: Tensor  # (B, s)
     H_steps: int = 0
     m_steps: int = 0
+    H_weight: float = 0.0
+    m_weight: float = 0.0
 
     @classmethod
     def of_group(cls, group: BlockGroup, like: Tensor) -> BlockAverages:
@@ -73,6 +82,8 @@ class EntryAverages(Averages):
     h: Tensor
     m: Tensor
     steps: int = 0
+    h_weight: float = 0.0
+    m_weight: float = 0.0
 
     @classmethod
     def of(cls, layer: str, where: LayerInfo | ParameterInfo, like: Tensor) -> EntryAverages:

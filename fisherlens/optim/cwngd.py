@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherlens.likelihoods import Likelihood
-from fisherlens.optim.averages import BlockAverages, EntryAverages, joined
+from fisherlens.optim.averages import BlockAverages, EntryAverages, joined, moved_weight
 from fisherlens.optim.base import NaturalGradient
 from fisherlens.optim.groups import Groups
 from fisherlens.optim.moments import BlockMoments, restrict
@@ -138,14 +138,13 @@ class CWNGD(NaturalGradient):
             if self._tap.listening:
                 moment = torch.zeros_like(blocks.H) if total is None else total.mul_(scale)  # (1/M) sum_n g_n g_n^T
                 blocks.H.lerp_(moment, 1 - options["ema"])  # H <- rho H + (1 - rho) moment
-                blocks.H_steps += 1
+                blocks.H_steps, blocks.H_weight = blocks.H_steps + 1, moved_weight(blocks.H_weight, options["ema"])
             blocks.m.lerp_(blocks.of(gradient), 1 - options["momentum_ema"])
-            blocks.m_steps += 1
+            blocks.m_steps, blocks.m_weight = blocks.m_steps + 1, moved_weight(blocks.m_weight, options["momentum_ema"])
             if blocks.H_steps:  # else the rule for parameters without statistics stands
                 due.setdefault((blocks.m.shape[1], options["damping"]), []).append(blocks)
         for (size, damping), alike in due.items():  # blocks of one size are one batch
-            rest = [1 - self._options(x.layer)["ema"] ** x.H_steps for x in alike]  # H_hat = H / (1 - rho^t)
-            left = [1 - self._options(x.layer)["momentum_ema"] ** x.m_steps for x in alike]
+            rest, left = [x.H_weight for x in alike], [x.m_weight for x in alike]  # H_hat = H / (1 - rho^t)
             if size == 1:  # m_hat / (H_hat + lambda)
                 for x, r, s in zip(alike, rest, left, strict=True):
                     out[x.at] = x.m.view(-1) / (x.H.view(-1) * (s / r)).add_(s * damping)
@@ -161,7 +160,8 @@ class CWNGD(NaturalGradient):
                 norm.h.lerp_(gradient[norm.at].square(), 1 - rho)
                 norm.m.lerp_(gradient[norm.at], 1 - beta)
                 norm.steps += 1
-                h_hat, m_hat = norm.h / (1 - rho**norm.steps), norm.m / (1 - beta**norm.steps)
+                norm.h_weight, norm.m_weight = moved_weight(norm.h_weight, rho), moved_weight(norm.m_weight, beta)
+                h_hat, m_hat = norm.h / norm.h_weight, norm.m / norm.m_weight
                 out[norm.at] = m_hat / (h_hat.sqrt() + NORM_FLOOR)
 
     def _absorb(self, one: Pass, examples: int) -> None:

@@ -38,7 +38,8 @@ class EigenMoments(Averages):
     left: Tensor  # Q_G, (B, d_o, d_o)
     right: Tensor  # Q_A, (B, d_i, d_i)
     s: Tensor  # (B, d_o, d_i)
-    steps: int = 0  # updates of s since the bases changed
+    steps: int = 0
+    weight: float = 0.0  # updates of s since the bases changed
 
 
 class EKFAC(LayerWise):
@@ -188,11 +189,11 @@ class EKFAC(LayerWise):
             if layer.name in bases:
                 record.left, record.right, start = bases[layer.name]
                 record.s = start if self.moments == "mean" else torch.zeros_like(start)
-                record.steps = 0
+                record.steps, record.weight = 0, 0.0
             if layer.name in fresh:
                 record.update(options["ema"], s=fresh[layer.name])
             if record.steps:  # else the rule for parameters without statistics stands
-                s = record.s if self.moments == "mean" else record.corrected("s", options["ema"])
+                s = record.s if self.moments == "mean" else record.corrected("s")
                 along = normal(record.left.mT @ matrix_of(layer, gradient)) @ record.right
                 u = normal(record.left @ normal(along / (s + options["damping"]))) @ record.right.mT
                 write_matrix(layer, u, out)

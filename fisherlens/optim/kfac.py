@@ -36,6 +36,7 @@ class KroneckerAverages(Averages):
     a: Tensor  # (B, d_i)
     g: Tensor  # (B, d_o)
     steps: int = 0
+    weight: float = 0.0
     inversions: int = 0
 
 
@@ -177,7 +178,7 @@ class KFAC(LayerWise):
         jobs = []
         for pair in pairs:
             options = self._options(pair.layer)
-            A, G = (pair.corrected(side, options["ema"]) for side in ("A", "G"))
+            A, G = (pair.corrected(side) for side in ("A", "G"))
             pair.inversions += 1
             if self.damping_form == "exact":
                 a, right = eigenpairs(A, f"Factor A of layer {pair.layer!r}")
