@@ -100,6 +100,8 @@ def _factor_of_copy(matrix: Tensor, damping: float) -> Tensor | None:
         return None
     n = matrix.shape[-1]
     damped = torch.empty(matrix.shape, dtype=torch.float64).copy_(matrix)
+    if not torch.isfinite(damped.sum()):  # also in the triangle that is not read
+        return None
     damped.diagonal(dim1=-2, dim2=-1).add_(damping)
     pieces = damped.view(-1, n, n).split(max(1, _PIECE_BYTES // (8 * n**2)))
     definite = all(side_by_side(lapack.factor, pieces, damped.device))

@@ -107,6 +107,7 @@ def timed(runs: dict[float, Callable[[], Any]], device: torch.device, budget: fl
     while done < rounds and (done < 3 or time.perf_counter() - start < budget):
         for size, run in runs.items():
             several = repeats[size]
+            once(run, device)  # gives back to the system what a larger size left in the pool of buffers: up to 30 ms
             seconds[size].append(
                 once(lambda run=run, several=several: [run() for _ in range(several)], device) / several
             )
