@@ -20,9 +20,8 @@ NAN, INF = float("nan"), float("inf")
 
 def build(model=None, data=None, *, likelihood="categorical", **options):
     c = case("mlp_tanh")
-    return fl.Fisher(
-        c.model if model is None else model, c.data if data is None else data, likelihood=likelihood, **options
-    )
+    model, data = c.model if model is None else model, c.data if data is None else data
+    return fl.Fisher(model, data, likelihood=likelihood, **options)
 
 
 def refuse(unchanged, expected, text, model=None, data=None, **options):
@@ -493,9 +492,8 @@ def test_buffers_that_a_forward_pass_writes_are_put_back(unchanged):
 def test_prepared_models_stay_prepared(unchanged):
     model = prepared(ZOO["lenet"]()[0])
     model[0].requires_grad_(False)
-    data = case("lenet").data
     with unchanged(model), torch.no_grad():
-        build(model, data)
+        build(model, case("lenet").data)
     with unchanged(model), torch.inference_mode():
-        F = build(model, data, kind="mc")
+        F = build(model, case("lenet").data, kind="mc")
         F @ torch.ones(F.n_params, dtype=F.dtype)
