@@ -104,7 +104,8 @@ class DenseScores(LayerScores):
         if not self.layer.weight:
             return bias.expand(self.n * self.t, self.d_o)
         weight = v[: self.n_weight].view(self.d_o, self.d_i)
-        return torch.addmm(bias, a, weight.T) if self.layer.bias else a @ weight.T
+        out = torch.mm(a, weight.T, out=self._empty(self.n * self.t, self.d_o))
+        return out if bias is None else out.add_(bias)  # while it is in the cache; addmm would first fill `out` with the bias
 
     def _rmatmat(self, z: Tensor, out: Tensor) -> None:
         n, t, k, d_o = self.n, self.t, z.shape[1], self.d_o
