@@ -13,8 +13,8 @@ from fisherlens.scores.base import CHUNK_BYTES, LayerScores
 
 # Bytes of signals between the two halves of a product that stay in a core's caches (our choice; 4 to 16 MiB measured alike).
 _CACHED = 8 * 2**20
-# Vectors from which thin products by unit are as fast as wide ones (measured).
-_MANY = 16
+# Bytes of V that are brought into another order at a time, so that they are still in the cache when they are used (1 to 4 MiB measured alike).
+_COPIED = 2 * 2**20
 # Score rows of a tile of a Gram matrix: 4 MB in float32, so that its second factor meets it in the cache (our choice).
 _TILE = 1024
 
@@ -60,7 +60,7 @@ class DenseScores(LayerScores):
             h = self._outputs(v[:, 0]).reshape(n, 1, t * d_o)
             return torch.bmm(h, g.mT).view(self.rows, 1)
         z = torch.zeros(n, self.r, k, dtype=self.dtype, device=self.device)
-        if self.layer.weight and t == 1 and k >= _MANY and not v.T.is_contiguous():
+        if self.layer.weight and t == 1 and v.stride(0) != 1:
             self._by_units(v, z)
         elif self.layer.weight:
             a = self.a.reshape(n, t, self.d_i)
@@ -76,14 +76,16 @@ class DenseScores(LayerScores):
         return z.view(self.rows, k)
 
     def _by_units(self, v: Tensor, z: Tensor) -> None:
-        """Add the weight's part of U V to z ``(n, r, K)``, unit by unit: needs no transposed copy of V, which many vectors would make large."""
+        """Add the weight's part of U V to z ``(n, r, K)``: V is copied, a few units at a time, into a matrix that stays in the cache."""
         w = v[: self.n_weight].reshape(self.d_o, self.d_i, -1)
-        k = w.shape[2]
-        step = max(1, _CACHED // max(1, self.n * k * self.dtype.itemsize))
+        k, a = w.shape[2], self.a[:, 0]
+        step = max(1, _COPIED // max(1, self.d_i * k * self.dtype.itemsize))
         for o in range(0, self.d_o, step):
             part = w[o : o + step]
-            h = torch.bmm(self.a[:, 0].expand(len(part), -1, -1), part, out=self._empty(len(part), self.n, k))
-            z.baddbmm_(self.g[:, :, 0, o : o + step], h.transpose(0, 1))
+            m = len(part)
+            beside = self._empty(self.d_i, m, k).copy_(part.transpose(0, 1))
+            h = torch.mm(a, beside.view(self.d_i, m * k), out=self._empty(self.n, m * k))
+            z.baddbmm_(self.g[:, :, 0, o : o + step], h.view(self.n, m, k))
 
     def _signals(self, k: int) -> Iterator[tuple[int, int, Tensor]]:
         """Chunks of examples (start, number) with room for k signals at the layer's outputs, ``(k, m, t d_o)``, that stays in the caches.
@@ -105,7 +107,7 @@ class DenseScores(LayerScores):
             return bias.expand(self.n * self.t, self.d_o)
         weight = v[: self.n_weight].view(self.d_o, self.d_i)
         out = torch.mm(a, weight.T, out=self._empty(self.n * self.t, self.d_o))
-        return out if bias is None else out.add_(bias)  # while it is in the cache; addmm would first fill `out` with the bias
+        return out if bias is None else out.add_(bias)  # addmm would first fill `out` with the bias
 
     def _rmatmat(self, z: Tensor, out: Tensor) -> None:
         n, t, k, d_o = self.n, self.t, z.shape[1], self.d_o

@@ -15,6 +15,9 @@ from fisherlens.scores.base import PART, LayerScores
 
 # Explicit columns up to this size are formed whole; beyond it their Gram matrix is summed over chunks of rows (our choice).
 _AT_ONCE = 256 * 2**20
+# Idle buffers for later products hold so much at least, and up to a quarter of the budget: a block of vectors costs more to map anew than to
+# compute where it is large (our choice).
+_IDLE_AT_LEAST, _IDLE_AT_MOST = 256 * 2**20, 2**30
 # Gram matrices of the layers up to this size together are kept beside their sum: couplings ask for them (our choice).
 _KEPT_GRAMS = 256 * 2**20
 
@@ -40,7 +43,7 @@ class ScoreMatrix:
         self.dtype, self.device = layers[0].dtype, layers[0].device
         self.size = sum(layer.size for layer in layers)
         self._grams: dict[str, Tensor] = {}
-        self.workspace = Workspace()
+        self.workspace = Workspace(int(max(_IDLE_AT_LEAST, min(memory / 4, _IDLE_AT_MOST))))
         for layer in self.layers:
             layer.workspace = self.workspace
 
