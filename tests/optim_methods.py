@@ -24,7 +24,7 @@ FACTORS = {
     "ekfac": lambda m, **k: EKFAC(m, **{"inverse_refresh": 2} | k),
     "projected": lambda m, **k: ProjectedKFAC(m, **{"rank": 3, "labels": "true", "inverse_refresh": 2} | k),
     "shampoo": lambda m, **k: Shampoo(m, **{"lr": 0.05, "inverse_refresh": 2} | k),
-    "tnt": lambda m, **k: TNT(m, **{"lr": 1e-3, "damping": 0.01, "refresh": 2} | k),
+    "tnt": lambda m, **k: TNT(m, **{"lr": 1e-3, "damping": 0.1, "refresh": 2} | k),
     "k-bfgs": lambda m, **k: KBFGS(m, **{"lr": 0.1} | k),
     "k-bfgs(l)": lambda m, **k: KBFGS(m, **{"lr": 0.1, "memory": 2} | k),
 }

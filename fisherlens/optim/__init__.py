@@ -16,11 +16,13 @@
 - *Training mode* is accepted: dropout is as it was in the forward pass, and the batch statistics of BatchNorm count as constants in the
   gradients of the examples.
 - *Mean gradients*: MBF, TNT and Shampoo look at the mean gradient of the batch alone, whose outer product is M times smaller than that
-  of the scores of M examples; so are the damping and the learning rate that belong to it. ``warm_start(batches)`` of MBF and TNT fills
-  their averages before the first step.
+  of the scores of M examples; so are the damping (of TNT: a root of it) and the learning rate that belong to it. ``warm_start(batches)`` of MBF and
+  TNT fills their averages before the first step.
 - *Periods*: statistics are taken in every ``refresh`` steps, and inverses, roots or bases made of them every ``inverse_refresh`` steps.
-- *Parameters without statistics* (embeddings, recurrent layers, tensors of one's own modules or tied between modules) move along
-  ḡ / (1 + damping), announced once by a NumericalWarning; a method whose source has another rule (TENGraD: ḡ) follows that.
+- *Parameters without statistics* (embeddings, recurrent layers, tensors of one's own modules, tied between modules, or used past their
+  module as the first forward pass shows) move along ḡ / (1 + damping), announced once by a NumericalWarning; a method whose source has another
+  rule (TENGraD: ḡ) follows that. Parameters that did not require grad when the optimizer was built are not moved, which is said once if they have a
+  gradient later.
 - *Parameter groups*: ``param_groups=[{"params": ["0.*", "head"], "lr": 0.1}, …]`` gives some parameters options of their own. ``"params"`` are
   names, layers or glob patterns, or the parameters themselves; options are ``lr``, ``weight_decay``, ``damping``, ``momentum``, ``kl_clip`` and the
   method's ``ema``. All other parameters are the last group, with the arguments of the constructor. Within a layer only ``lr`` and ``weight_decay``

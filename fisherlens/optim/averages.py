@@ -91,6 +91,14 @@ class EntryAverages(Averages):
         size = where.stop - where.start
         return cls(layer, slice(where.start, where.stop), like.new_zeros(size), like.new_zeros(size))
 
+    def adapted(self, g: Tensor, rho: float, beta: float, floor: float) -> Tensor:
+        """Take one more gradient in, h ← ρh + (1 - ρ) g² and m ← βm + (1 - β) g, and give m̂ / (√ĥ + floor), both corrected for their start."""
+        self.h.lerp_(g.square(), 1 - rho)
+        self.m.lerp_(g, 1 - beta)
+        self.steps += 1
+        self.h_weight, self.m_weight = moved_weight(self.h_weight, rho), moved_weight(self.m_weight, beta)
+        return (self.m / self.m_weight) / ((self.h / self.h_weight).sqrt() + floor)
+
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
     """Concatenate along the blocks; a single part is not copied."""

@@ -84,6 +84,8 @@ class NaturalGradient(StepRule, StoredState):
         if not self.covered:
             raise InputError(texts.NOTHING_COVERED.format(name=self.name, model=type(model).__name__))
         self._parameters = [parameters[name] for name in self.layout]
+        frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
+        self._frozen = [(name, weakref.ref(p)) for name, p in frozen]
         groups, owner = make_groups(self.name, model, parameters, defaults, given["param_groups"])
         self._membership = Membership(self.layout, owner)
         self._generator = torch.Generator().manual_seed(self.seed)
@@ -261,6 +263,8 @@ class NaturalGradient(StepRule, StoredState):
             pieces.append((grad.to_dense() if grad.is_sparse else grad).reshape(-1))
         flat = torch.cat(pieces)
         self._require_finite(flat, texts.BAD_GRADIENT)
+        thawed = [(name, p()) for name, p in self._frozen]
+        self._tell(texts.THAWED, [n for n, p in thawed if p is not None and p.requires_grad and p.grad is not None])
         return (flat / self._examples if self.reduction == "sum" else flat), active
 
     def _require_finite(self, flat: Tensor, text: str) -> None:
@@ -300,13 +304,15 @@ class NaturalGradient(StepRule, StoredState):
         self._tell(texts.STILL, [info.name for info in still if info.layer in covered])
 
     def _unseen(self, gradient: Tensor, active: set[str]) -> set[str]:
-        """Find layers with a gradient that came past their module; a zero gradient needs no explanation."""
+        """Find layers with a gradient that came past their module, wholly or in part; a zero gradient needs no explanation."""
         if not self._needs_scores:
             return set()
         missing = [layer for layer in self.covered if layer.name in active and layer.name not in self._seen]
         missing = [layer for layer in missing if gradient[layer.start : layer.stop].any()]
         self._tell(texts.UNSEEN, [p.name for layer in missing for p in layer.parameters])
-        return {layer.name for layer in missing}
+        past = [x for x in self.covered if x.name in active & self._tap.past and x not in missing]
+        self._tell(texts.PAST, [p.name for layer in past for p in layer.parameters])
+        return {layer.name for layer in [*missing, *past]}
 
     def _require_finite_moments(
         self, blocks: Sequence[BlockAverages], sums: Sequence[Tensor | None], scale: float

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherlens.errors import InputError
 from fisherlens.likelihoods import Likelihood
+from fisherlens.optim import texts
 from fisherlens.optim.averages import BlockAverages, EntryAverages, joined, moved_weight
 from fisherlens.optim.base import NaturalGradient
 from fisherlens.optim.groups import Groups
-from fisherlens.optim.moments import BlockMoments, restrict
+from fisherlens.optim.moments import BlockMoments, digest, restrict
 from fisherlens.optim.tap import Pass, found_maps
 from fisherlens.partitions import Partition
 from fisherlens.partitions import partition as make_partition
@@ -157,12 +159,7 @@ class CWNGD(NaturalGradient):
         for norm in self._norms:
             if norm.layer in active:
                 rho, beta = (self._options(norm.layer)[name] for name in ("ema", "momentum_ema"))
-                norm.h.lerp_(gradient[norm.at].square(), 1 - rho)
-                norm.m.lerp_(gradient[norm.at], 1 - beta)
-                norm.steps += 1
-                norm.h_weight, norm.m_weight = moved_weight(norm.h_weight, rho), moved_weight(norm.m_weight, beta)
-                h_hat, m_hat = norm.h / norm.h_weight, norm.m / norm.m_weight
-                out[norm.at] = m_hat / (h_hat.sqrt() + NORM_FLOOR)
+                out[norm.at] = norm.adapted(gradient[norm.at], rho, beta, NORM_FLOOR)
 
     def _absorb(self, one: Pass, examples: int) -> None:
         if self.partition is None:
@@ -189,7 +186,8 @@ class CWNGD(NaturalGradient):
 
     def _state(self) -> dict[str, Any]:
         started = self.partition is not None
-        return {"averages": [one.state() for one in [*self._blocks, *self._norms]] if started else None}
+        averages = [one.state() for one in [*self._blocks, *self._norms]] if started else None
+        return {"averages": averages, "blocks": digest(self.partition) if started else None}
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
         if state["averages"] is None:
@@ -197,4 +195,6 @@ class CWNGD(NaturalGradient):
             return
         partition, blocks, norms, moments = self._averages(state["maps"])
         self._restore([*blocks, *norms], state["averages"], f"partition {partition.scheme!r}")
+        if state.get("blocks") not in (None, digest(partition)):
+            raise InputError(texts.OTHER_BLOCKS.format(name=self.name, scheme=partition.scheme))
         self._begin(partition, blocks, norms, moments)

@@ -10,16 +10,15 @@ from torch import Tensor, nn
 
 from fisherlens.layout import LayerInfo
 from fisherlens.likelihoods import Likelihood
-from fisherlens.linalg.dense import eigenpairs
 from fisherlens.optim.averages import Averages
 from fisherlens.optim.checks import choice
 from fisherlens.optim.factors import (
+    factor_basis,
     factor_sums,
     matrix_of,
     matrix_shape,
     normal,
     rotated_squares,
-    rounded,
     summed_scores,
     write_matrix,
 )
@@ -64,7 +63,8 @@ class EKFAC(LayerWise):
         Name or fisherlens likelihood; draws sampled labels. With true labels the loss says all.
     moments
         ``"examples"``: s as above. ``"mean"``: M (Q_Gᵀ Ḡ Q_A)² of the mean gradient, which only makes sense averaged, with
-        ``ema=0.75`` in the release; it starts from the eigenvalues d_G d_Aᵀ of the factors at each change of the bases.
+        ``ema=0.75`` in the release; it starts from the eigenvalues d_G d_Aᵀ of the factors at each change of the bases: the release has T times those of
+        means over positions, and A here is a sum over them.
     ema
         Of s, in [0, 1); 0, as released, takes s of the current batch. The average starts anew when the bases change.
     momentum, weight_decay
@@ -109,6 +109,8 @@ class EKFAC(LayerWise):
     >>> bool(loss < 1.0), opt.diagnostics["steps"]
     (True, 20)
     """
+
+    meanings = ("moments",)
 
     def __init__(
         self,
@@ -165,10 +167,8 @@ class EKFAC(LayerWise):
         sums = self._sums[layer.name]
         A, G = sums.A / sums.examples, sums.G * scale
         self._require_finite_parts([(layer.name, (A, G))])
-        d_a, right = eigenpairs(A, f"Factor A of layer {layer.name!r}")
-        d_g, left = eigenpairs(G, f"Factor G of layer {layer.name!r}")
-        start = d_g.clamp(min=0)[:, :, None] * d_a.clamp(min=0)[:, None, :]
-        return rounded(left.to(A.dtype)), rounded(right.to(A.dtype)), start.to(A.dtype)
+        (d_a, right), (d_g, left) = factor_basis(A, "A", layer.name), factor_basis(G, "G", layer.name)
+        return left, right, d_g.clamp(min=0)[:, :, None] * d_a.clamp(min=0)[:, None, :]
 
     def _precondition(self, gradient: Tensor, active: set[str], scale: float, out: Tensor) -> None:
         layers = [layer for layer in self.covered if layer.name in active]

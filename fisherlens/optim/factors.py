@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from fisherlens.errors import InputError
 from fisherlens.layout import LayerInfo
-from fisherlens.linalg.dense import self_gram
+from fisherlens.linalg.dense import eigenpairs, self_gram
 from fisherlens.linalg.memory import Workspace
 from fisherlens.optim import texts
 from fisherlens.optim.moments import ROWS_BYTES
@@ -128,6 +128,12 @@ def normal(x: Tensor) -> Tensor:
 def rounded(vectors: Tensor) -> Tensor:
     """Unit vectors with 0 for entries below the square of the rounding of one, which are noise; see :func:`normal` for the reason."""
     return functional.hardshrink(vectors, torch.finfo(vectors.dtype).eps ** 2)
+
+
+def factor_basis(factor: Tensor, side: str, layer: str) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of a Kronecker factor, descending, and eigenvectors as :func:`rounded` leaves them, in the dtype of the factor."""
+    values, vectors = eigenpairs(factor, f"Factor {side} of layer {layer!r}")
+    return values.to(factor.dtype), rounded(vectors.to(factor.dtype))
 
 
 # What of λ an eigenvalue of a block may be left out for, times the rounding of one (our choice: within what single precision is held to).

@@ -192,5 +192,7 @@ class FNGD(RowMethod):
         return {"kept": {}, "coefficients": kept, "epoch_steps": self.epoch_steps}
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
+        for entry in state["coefficients"].values():
+            self._require_entries(entry, ("mean", "steps"), "a layer's coefficients")
         self._coefficients = {name: Coefficients(**entry) for name, entry in state["coefficients"].items()}
         self.epoch_steps = state["epoch_steps"]

@@ -196,6 +196,4 @@ class KBFGS(LayerWise):
         for name, (_, h, score) in means.items():
             record, options = self._records[name], self._options(name)
             change = h - self._before[name][0], score - self._before[name][1]
-            finite = all(torch.isfinite(x).all() for x in change)
-            lost = record.learn(*change, options["ema"], math.sqrt(options["damping"])) if finite else 1
-            self.diagnostics["skipped"] += lost
+            self.diagnostics["skipped"] += record.learn(*change, options["ema"], math.sqrt(options["damping"]))

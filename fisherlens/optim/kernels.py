@@ -191,6 +191,7 @@ class RowMethod(NaturalGradient):
         pieces = {tuple(p.name for p in layer.parameters): layer for layer in self._pieces()}
         fresh = {}
         for key, entry in state["kept"].items():
+            self._require_entries(entry, ("names", "rows", "scale", "gram", "damping"), "what is kept of a batch")
             names = [tuple(one) for one in entry["names"]]
             if not set(names) <= set(pieces):
                 text = f"it keeps rows of {names[0]}, but the blocks here are {sorted(pieces)}"

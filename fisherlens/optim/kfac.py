@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from fisherlens.layout import LayerInfo
 from fisherlens.likelihoods import Likelihood
-from fisherlens.linalg.dense import eigenpairs
 from fisherlens.linalg.kronecker import factored_damping
 from fisherlens.optim.averages import Averages
 from fisherlens.optim.checks import choice
-from fisherlens.optim.factors import damped_direction, factor_sums, matrix_of, matrix_shape, rounded, write_matrix
+from fisherlens.optim.factors import damped_direction, factor_basis, factor_sums, matrix_of, matrix_shape, write_matrix
 from fisherlens.optim.groups import Groups
 from fisherlens.optim.layerwise import LayerWise, accumulate
 from fisherlens.optim.tap import Pass
@@ -122,6 +121,8 @@ class KFAC(LayerWise):
     (True, 20)
     """
 
+    meanings = ("damping_form", "form")
+
     def __init__(
         self,
         model: nn.Module,
@@ -154,8 +155,8 @@ class KFAC(LayerWise):
 
     def _absorb(self, one: Pass, examples: int) -> None:
         for layer, calls in self._layers(one):
-            found = factor_sums(layer, calls, self._parameters[0].dtype, self._workspace, self.form)
-            accumulate(self._sums, layer, found)
+            dtype = self._parameters[0].dtype
+            accumulate(self._sums, layer, factor_sums(layer, calls, dtype, self._workspace, self.form))
 
     def _precondition(self, gradient: Tensor, active: set[str], scale: float, out: Tensor) -> None:
         fresh = {name: (s.A / s.examples, s.G * scale) for name, s in self._sums.items() if name in active}
@@ -181,10 +182,8 @@ class KFAC(LayerWise):
             A, G = (pair.corrected(side) for side in ("A", "G"))
             pair.inversions += 1
             if self.damping_form == "exact":
-                a, right = eigenpairs(A, f"Factor A of layer {pair.layer!r}")
-                g, left = eigenpairs(G, f"Factor G of layer {pair.layer!r}")
-                pair.a, pair.g = a.to(A.dtype), g.to(G.dtype)
-                pair.right, pair.left = rounded(right.to(A.dtype)), rounded(left.to(G.dtype))
+                pair.a, pair.right = factor_basis(A, "A", pair.layer)
+                pair.g, pair.left = factor_basis(G, "G", pair.layer)
             else:
                 gamma_a, gamma_g = factored_damping(A, G, options["damping"])
                 jobs += [(A, gamma_a), (G, gamma_g)]

@@ -95,6 +95,7 @@ class MBF(WarmStarted):
 
     scalar_kinds = ("norm",)
     momentum_of_directions = False
+    meanings = ("variant",)
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +39,12 @@ def restrict(partition: Partition, layers: Sequence[LayerInfo]) -> Partition:
     )
     flat = torch.from_numpy(partition.flat.numpy()[kept])
     return Partition(partition.scheme, partition.layout, sizes[sizes > 0], flat, partition.options)
+
+
+def digest(partition: Partition) -> str:
+    """Tell blocks of the same sizes apart."""
+    sizes = np.asarray(partition.sizes, dtype=np.int64)
+    return hashlib.sha256(sizes.tobytes() + partition.flat.numpy().tobytes()).hexdigest()
 
 
 def layer_scores(

@@ -74,10 +74,9 @@ class ProjectedKFAC(LayerWise):
 
     Notes
     -----
-    The first update starts from PᵀCP of its batch, P from two power steps on random directions. The inverse is symmetrised after each update;
-    without that float32 diverges within a few hundred. Cost per factor: 4 M T d r operations per change of the basis, 2 M T d r per update,
-    d r + r² floats; 4 P (r_A + r_G) per step. Convolutions: rows are positions, A a mean over examples, G over both. A step that changes the
-    bases keeps the batch's inputs and scores until it is taken.
+    The first update starts from PᵀCP of its batch, P from two power steps on random directions. The inverse is symmetrised after each update; without that
+    float32 diverges within a few hundred. Cost per factor: 4 M T d r operations per change of the basis, 2 M T d r per update, d r + r² floats; 4 P (r_A + r_G)
+    per step. Convolutions: rows are positions, A a mean over examples, G over both. A step that changes the bases keeps inputs and scores until it is taken.
 
     Examples
     --------

@@ -156,6 +156,8 @@ class QuasiDiagonal(RowMethod):
         return {"kept": {}, "averages": {name: dict(own) for name, own in self._averages.items()}}
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
+        for own in state["averages"].values():
+            self._require_entries(own, ("F", "weight"), "an average")
         self._averages = dict(state["averages"])
 
 

@@ -59,6 +59,8 @@ class Secants(Averages):
 
     def learn(self, s: Tensor, y: Tensor, rho: float, epsilon: float) -> int:
         """Update H_G by the changes of a mean pre-activation and of its score; how many blocks could not use them."""
+        if not (torch.isfinite(s).all() and torch.isfinite(y).all()):
+            return 1
         self.s, self.y = rho * self.s + (1 - rho) * s, rho * self.y + (1 - rho) * y
         s, y = powell_damped(self.s, self.y, self.apply(self.y), epsilon)
         if not len(self.S):

@@ -17,6 +17,7 @@ from fisherlens.errors import InputError
 from fisherlens.layout import ROOT, LayerInfo
 from fisherlens.likelihoods import Likelihood
 from fisherlens.optim import texts
+from fisherlens.optim.graph import Ends, used_past_modules
 from fisherlens.scores.recorder import Use, flattened_map
 
 
@@ -109,6 +110,8 @@ class ScoreTap:
         False keeps no scores, only the number of examples.
     maps : dict
         Dense layer -> (C, H, W) flattened to feed it, or None, as its first forward pass showed.
+    past : set of str
+        Layers with a parameter that the first forward pass with gradients used past its module too, tied weights for instance.
     weigh : WeakMethod or None
         Called with layer, module, input and output of each call that records gradients; a tensor that it returns takes the
         place of the output.
@@ -124,6 +127,8 @@ class ScoreTap:
     ):
         self.listening = True
         self.maps: dict[str, tuple[int, int, int] | None] = {}
+        self.past: set[str] = set()
+        self._ends: dict[str, list[Ends]] | None = {}  # of the calls of the first forward pass, None when it is over
         self.weigh: weakref.WeakMethod | None = None
         self._receive_pass = weakref.WeakMethod(receive)
         self._likelihood, self._generator = likelihood, generator
@@ -159,6 +164,8 @@ class ScoreTap:
             self._pending.clear()  # of backward passes that added to no .grad
             self._edges.clear()
             self._number += 1
+            if self._ends:  # a forward pass that failed
+                self._ends.clear()
 
     def _record(
         self, layer: LayerInfo, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor
@@ -175,16 +182,25 @@ class ScoreTap:
         weigh = None if self.weigh is None else self.weigh()
         instead = None if weigh is None else weigh(layer, module, x, output)
         output = output if instead is None else instead
+        if self._ends is not None and self._inside and not torch.compiler.is_compiling():
+            self._ends.setdefault(layer.name, []).append((output.grad_fn, x.grad_fn))
+        source = output if torch.compiler.is_compiling() else _source(output)
         kept = x.detach()  # without history, but it shares the version counter
         call = Call(layer, self._number, Use(module, kept, kept._version, None, output.shape))
         if self._likelihood is not None and self._inside and self.listening:
-            self._edges.append((call, get_gradient_edge(output)))
-        output.register_hook(partial(self._receive, call))
+            self._edges.append((call, get_gradient_edge(source)))
+        source.register_hook(partial(self._receive, call))
         return instead
 
     def _leave(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         inside, self._inside = self._inside, False
         edges, self._edges = self._edges, []
+        compiling = torch.compiler.is_compiling()
+        if inside and self._ends is not None and (compiling or self._ends):
+            ends, self._ends = self._ends, None  # a compiled graph does not show what is used where
+            if not compiling:
+                owners = {parameter(): name for name, own in self._own.items() for _, parameter in own}
+                self.past = used_past_modules(output, ends, owners)
         if inside and edges and torch.is_grad_enabled():
             self._sample(output, edges)
 
@@ -202,7 +218,8 @@ class ScoreTap:
         finally:
             self._sampling = False
         for (call, _), score in zip(edges, scores, strict=True):
-            call.sampled = torch.zeros((), dtype=signal.dtype, device=signal.device) if score is None else score
+            none = torch.zeros((), dtype=signal.dtype, device=signal.device)
+            call.sampled = none if score is None else score.reshape(call.use.output_shape)
             call.weight = weight
 
     # --- backward ----------------------------------------------------------------------------------------------------
@@ -210,12 +227,14 @@ class ScoreTap:
     def _receive(self, call: Call, score: Tensor) -> None:
         if not self._sampling:
             key = (torch._C._current_graph_task_id(), call.layer.name)
-            self._pending.setdefault(key, []).append((call, score.detach()))
+            self._pending.setdefault(key, []).append((call, score.detach().reshape(call.use.output_shape)))
 
     def _confirm(self, name: str, _parameter: Tensor) -> None:
         """Count what this backward pass brought to a layer, now that it has been added to ``.grad``."""
         for call, score in self._pending.pop((torch._C._current_graph_task_id(), name), ()):
             one = self._passes.setdefault(call.number, Pass(weight=call.weight))
+            if call.sampled is None:  # of a part of the model, or within a reentrant checkpoint
+                one.weight = None
             calls = one.calls.setdefault(name, [])
             if call not in calls:
                 calls.append(call)
@@ -259,6 +278,17 @@ def remove_handles(handles: list[RemovableHandle]) -> None:
 def found_maps(maps: Mapping[str, tuple[int, int, int] | None]) -> dict[str, tuple[int, int, int]]:
     """Keep the layers that are fed by a flattened map."""
     return {name: shape for name, shape in maps.items() if shape is not None}
+
+
+def _source(output: Tensor) -> Tensor:
+    """What a layer computed, whose place in the graph stays when the output is written over, as by an in-place activation.
+
+    A dense layer with a bias makes the output on sequences as a view, which an in-place operation takes out of the graph.
+    """
+    base = output._base if output._is_view() else None
+    if base is None or base.grad_fn is None or base.numel() != output.numel():
+        return output
+    return base if base.is_contiguous() and output.is_contiguous() else output
 
 
 def at_least_single(x: Tensor) -> Tensor:

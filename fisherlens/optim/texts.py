@@ -106,7 +106,8 @@ WEIGHTED_LABELS = (
 )
 NOT_THE_MODEL = (
     "labels='sampled' draws labels from the outputs of the model that the optimizer was built with; a layer was "
-    "backpropagated without a call of that model since the last step. Call the whole model, or use labels='true'."
+    "backpropagated without a call of that model since the last step, or from within a reentrant checkpoint. Call the whole model, "
+    "checkpoint with use_reentrant=False, or use labels='true'."
 )
 NOT_DEFINITE = (
     "{count} blocks of {size} parameters are not positive definite even with {damping:g} I added; they move along gradient / "
@@ -151,4 +152,35 @@ TRUE_LABELS = (
 LOSS_LABELS = (
     "{name} follows the change of the loss itself from the old to the new weights, so labels must be 'true'; got 'sampled'. For "
     "sampled labels take KFAC, whose factors it replaces."
+)
+
+# Why a number may have gone wrong and what to do, after what was expected and what came.
+HINTS = {
+    "lr": " A schedule has probably run below zero, or another argument stands in its place; begin with the method's default, and end a schedule at 0.",
+    "damping": (
+        " It is added to the method's matrix, which has no inverse without it; begin with the method's default, and make it smaller by factors of ten "
+        "while steps stay stable."
+    ),
+    "weight_decay": " It pulls parameters towards 0, and 0 leaves it out; a negative one would push them away.",
+    "kl_clip": " None clips nothing.",
+    "momentum": " It is the share of the last direction that is added to the next one; 0 leaves it out.",
+    "ema": " It is the share of the old statistics that is kept; 0 averages nothing.",
+    "momentum_ema": " It is the share of the old mean gradient that is kept; 0 averages nothing.",
+}
+THAWED = (
+    "{name} does not move {names}: they did not require grad when it was built, and have a gradient now. Its statistics are laid out once, so "
+    "build a new optimizer to train them, with the new state of the model; if another optimizer moves them, all is well."
+)
+PAST = (
+    "{name} saw {names} used past the module that owns them as well as through it, as where a decoder multiplies by the weight of its encoder. The calls "
+    "of the module do not explain such gradients; they move by lr * {rule}. Give the second use a module with parameters of its own to have "
+    "both preconditioned."
+)
+OLD_STATE = (
+    "This state of {name} has another layout: {what}. It was probably saved by another version of fisherlens, or edited. Resume with the version that "
+    "saved it, or load the model alone and begin with a new optimizer: its averages are made anew within some steps."
+)
+OTHER_BLOCKS = (
+    "This state of {name} was saved with other blocks of the same sizes than those of partition {scheme!r} here, as with another seed or other input "
+    "maps. Build the optimizer with the partition that it was saved with, or start without the state."
 )

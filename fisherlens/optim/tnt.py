@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from fisherlens.layout import ParameterInfo
 from fisherlens.likelihoods import Likelihood
+from fisherlens.optim.checks import choice
 from fisherlens.optim.groups import Groups
 from fisherlens.optim.mean_gradient import WarmStarted
 from fisherlens.optim.modes import AxisAverages, along, contraction
+
+DAMPINGS = ("each", "shared")
 
 
 class TNT(WarmStarted):
@@ -24,9 +27,9 @@ class TNT(WarmStarted):
 
     .. math::
         U_i = \frac{H_i}{c^{k-1} \prod_{j \ne i} n_j}, \qquad
-        u = \bar G \times_1 (U_1 + \lambda^{1/k} I)^{-1} \cdots \times_k (U_k + \lambda^{1/k} I)^{-1},
+        u = \bar G \times_1 (U_1 + \lambda I)^{-1} \cdots \times_k (U_k + \lambda I)^{-1},
 
-    so that c is the mean eigenvalue of all U_i, and λ is shared among them evenly. A bias, k = 1, has U = H, and u = (H + λI)⁻¹ ḡ.
+    so that c is the mean eigenvalue of all U_i. A bias, k = 1, has U = H, and u = (H + λI)⁻¹ ḡ.
     Other parameters: ḡ / (1 + λ), announced once.
 
     Parameters
@@ -34,7 +37,10 @@ class TNT(WarmStarted):
     model
         The network itself. Trains all parameters that require grad, of one device and dtype, float32 or float64.
     lr, damping
-        Step length and λ, both > 0; λ is on the scale of an outer product of mean gradients, M times smaller than the Fisher's.
+        Step length and λ, both > 0. λ is on the scale of c, the k-th root of a mean squared entry of ḡ.
+    damping_form
+        ``"each"``: λ is added to every U_i, as in the source. ``"shared"``: λ^(1/k), so that the damping of their product is λ whatever k; λ is then
+        on the scale of ḡ², M times smaller than the Fisher's.
     likelihood
         Name or fisherlens likelihood; draws sampled labels.
     ema
@@ -66,8 +72,7 @@ class TNT(WarmStarted):
     Notes
     -----
     Source: arXiv 2106.02925, github.com/renyiryry/tnt_neurips_2021; its periods are 10 and 100 for convolutional networks, 1 and 20 for
-    others. lr, λ, its k-th root on each axis (the source adds one number ε to each), and that a bias is a tensor of
-    its own, are our choice. Call :meth:`warm_start` with the training loader before the first
+    others. lr and λ are our choice: the source tunes both. Call :meth:`warm_start` with the training loader before the first
     step, as the source does. Cost: 2 P Σ n_i operations per step and per update, 2 Σ n_i³ per inversion; 2 Σ n_i² floats.
 
     Examples
@@ -86,17 +91,20 @@ class TNT(WarmStarted):
     (True, 4)
     """
 
+    meanings = ("damping_form",)
+
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 1e-3,
-        damping: float = 1e-2,
+        lr: float = 3e-3,
+        damping: float = 0.2,
         *,
         likelihood: str | Likelihood = "categorical",
         ema: float = 0.9,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         labels: str = "sampled",
+        damping_form: str = "each",
         reduction: str = "mean",
         refresh: int = 10,
         inverse_refresh: int = 100,
@@ -105,6 +113,7 @@ class TNT(WarmStarted):
         param_groups: Groups = None,
         preset: str | None = None,
     ):
+        self.damping_form = choice("damping_form", damping_form, DAMPINGS)
         super().__init__(model, locals())
 
     def _made(self) -> dict[str, Any]:
@@ -148,7 +157,7 @@ class TNT(WarmStarted):
             out[info.start : info.stop] = u.reshape(-1)
 
     def _invert(self, tensors: list[ParameterInfo], records: Mapping[str, Any]) -> None:
-        """Compute (U_i + λ^(1/k) I)⁻¹ for every axis of these tensors."""
+        """Compute the damped inverse of U_i for every axis of these tensors."""
         jobs, due = [], []
         for info in tensors:
             axes, shape, damping = self._axes(info, records), shape_of(info), self._options(info.layer)["damping"]
@@ -157,7 +166,8 @@ class TNT(WarmStarted):
             c = (trace / n) ** (1 / k)
             for axis, record in enumerate(axes):
                 share = c ** (k - 1) * n / shape[axis] if c else 1.0  # without any gradient, H is zero
-                lam = torch.full((1,), damping ** (1 / k), dtype=torch.float64, device=record.L.device)
+                lam = damping if self.damping_form == "each" else damping ** (1 / k)
+                lam = torch.full((1,), lam, dtype=torch.float64, device=record.L.device)
                 jobs.append((record.L / (record.weight * share), lam))
                 due.append(record)
         for record, inverse in zip(due, self._inverted(jobs), strict=True):

@@ -170,6 +170,8 @@ class UnitWise(RowMethod):
         return {"kept": {}, "averages": {name: dict(own) for name, own in self._averages.items()}, "rows": rows}
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
+        for own in state["averages"].values():
+            self._require_entries(own, ("F", "weight"), "an average")
         layers, like = {layer.name: layer for layer in self.covered}, self._parameters[0]
         self._averages = dict(state["averages"])
         self._rows = {

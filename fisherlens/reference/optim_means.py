@@ -82,17 +82,18 @@ def shampoo_direction(gradients: list[Tensor], damping: float, block: int = 128)
     return out * G.norm() / out.norm()
 
 
-def tnt_direction(G: Tensor, statistic: Tensor, damping: float) -> Tensor:
-    """Direction of TNT from one mean gradient at sampled labels: G times (U_i + λ^(1/k) I)⁻¹ along each of k axes.
+def tnt_direction(G: Tensor, statistic: Tensor, damping: float, damping_form: str = "each") -> Tensor:
+    """Direction of TNT from one mean gradient at sampled labels: G times (U_i + λI)⁻¹ along each of k axes, λ^(1/k) where it is shared.
 
     U_i = H_i / (c^(k-1) ∏_{j≠i} n_j), H_i the contraction of the statistic, c = (tr H_1 / ∏ n)^(1/k): c is the mean eigenvalue of all U_i.
     """
     n, k = statistic.numel(), statistic.ndim
     c = (statistic.square().sum() / n) ** (1 / k)
+    share = damping if damping_form == "each" else damping ** (1 / k)
     u = G
     for mode in range(k):
         U = contraction(statistic, mode) / (
             c ** (k - 1) * math.prod(m for j, m in enumerate(statistic.shape) if j != mode)
         )
-        u = along(u, torch.linalg.inv(damped(U, damping ** (1 / k))), mode)
+        u = along(u, torch.linalg.inv(damped(U, share)), mode)
     return u

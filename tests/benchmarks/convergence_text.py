@@ -128,7 +128,8 @@ def markdown(payload: dict[str, Any], picture: str | None = None) -> str:
         text += [f"![{caption}](_static/{picture})", "", f"*{caption}*", ""]
     text += [
         "Every optimizer of a task tries equally many learning rates, √10 apart, for as many steps as are reported, on one seed that is not; the lowest final training loss "
-        "decides. Dampings are fixed: two rates of one method can differ more than two methods. Numbers are medians over seeds, lowest and highest in brackets. Steps to 90 % "
+        "decides. Dampings are fixed: two rates of one method can differ more than two methods. MBF runs without its warm start, a pass over the data before the first step that no other "
+        "method has. Numbers are medians over seeds, lowest and highest in brackets. Steps to 90 % "
         "of a run's own final accuracy favour runs that end low. A claim of a source agrees where it holds on every seed, and is not decided where seeds differ. Where a rate is at the edge of "
         "what was tried, a better one may lie beyond. Our runs are shorter than the published ones, so that their ends are lower and 90 % of them come sooner.",
     ]
