@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from fisherlens import errors
-from fisherlens.errors import InputError, MemoryBudgetError, NumericalWarning
+from fisherlens.errors import InputError, MemoryBudgetError, NumericalWarning, user_level
 from fisherlens.fisher import Fisher, check_damping, require_fisher
 from fisherlens.linalg.dense import eigenpairs, noise_floor
+from fisherlens.linalg.precision import own_precision
 from fisherlens.results import make_dataset
 from fisherlens.spectrum import as_symmetric, top_eigenvalues
 from fisherlens.spectrum.complete import label_coords
@@ -54,6 +55,7 @@ class _Found:
     leverage: Tensor | None = None
 
 
+@own_precision
 def directions(
     F: Fisher,
     k: int = 10,
@@ -231,7 +233,7 @@ def _lanczos(F: Fisher, k: int, which: str, seed: int, progress: bool | None) ->
             f"Only the stiff end is returned: the sloppy one needs the complete spectrum of an order of {min(F.n_params, F.n_rows)}, which does not fit. "
             "Use fewer examples or kind='mc'; or which='sloppy', which tries by products.",
             NumericalWarning,
-            stacklevel=3,
+            stacklevel=user_level(),
         )
     sloppy = which == "sloppy"
     options: dict[str, Any] = {"which": "smallest" if sloppy else "largest", "vectors": True, "seed": seed}

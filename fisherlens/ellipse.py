@@ -16,6 +16,7 @@ from fisherlens.errors import InputError, NonFiniteError
 from fisherlens.fisher import Fisher, require_fisher
 from fisherlens.fisher.checks import finite
 from fisherlens.layout import Layout
+from fisherlens.linalg.precision import own_precision
 from fisherlens.results import make_dataset
 from fisherlens.scores.capture import as_module
 from fisherlens.scores.checks import check_model
@@ -37,6 +38,7 @@ _KINDS = (
 )
 
 
+@own_precision
 def ellipse(
     F: Fisher,
     directions: Any,
@@ -192,7 +194,7 @@ def _plane(F: Fisher, directions: Any) -> tuple[Tensor, list[str]]:
     if hasattr(directions, "data_vars"):
         pair, names = _of_dataset(directions)
     elif isinstance(directions, Tensor | np.ndarray):
-        block = torch.as_tensor(directions)
+        block = _tensor(directions)
         if block.ndim != 2 or block.shape[1] != 2:
             raise InputError(
                 f"directions as one tensor must have shape ({F.n_params}, 2), one vector per column; got {tuple(block.shape)}."
@@ -212,6 +214,11 @@ def _plane(F: Fisher, directions: Any) -> tuple[Tensor, list[str]]:
             f"The two directions must span a plane; {names[0]!r} and {names[1]!r} are parallel (cosine {cosine:.10f}). Choose another second direction."
         )
     return plane, names if names[0] != names[1] else [f"{names[0]} (1)", f"{names[1]} (2)"]
+
+
+def _tensor(value: Any) -> Tensor:
+    """The same numbers, a tensor where it is: not on the default device."""
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
 
 
 def _described(value: Any) -> str:
@@ -261,12 +268,12 @@ def _vector(F: Fisher, direction: Any, name: str) -> Tensor:
     if isinstance(direction, str):
         v = _entry(F, direction)
     elif isinstance(direction, int | np.integer) and not isinstance(direction, bool):
-        v = torch.zeros(F.n_params, dtype=torch.float64)
+        v = torch.zeros(F.n_params, dtype=torch.float64, device="cpu")
         v[int(direction)] = 1
     elif isinstance(direction, Mapping):
-        v = F.layout.flatten({key: torch.as_tensor(value) for key, value in direction.items()})
+        v = F.layout.flatten({key: _tensor(value) for key, value in direction.items()})
     elif isinstance(direction, Tensor | np.ndarray):
-        v = torch.as_tensor(direction)
+        v = _tensor(direction)
     else:
         raise TypeError(f"directions must be {_KINDS}; got {type(direction).__name__} as {name!r}.")
     if v.shape != (F.n_params,):
@@ -297,7 +304,7 @@ def _entry(F: Fisher, label: str) -> Tensor:
             f"{label!r} is no entry of parameter {info.name!r} of shape {info.shape}. Write {info.name + '[' + ','.join('0' for _ in info.shape) + ']' if info.shape else info.name!r}, "
             "say, with indices that count from 0."
         )
-    v = torch.zeros(F.n_params, dtype=torch.float64)
+    v = torch.zeros(F.n_params, dtype=torch.float64, device="cpu")
     v[info.start + (int(np.ravel_multi_index(place, info.shape)) if place else 0)] = 1
     return v
 

@@ -6,6 +6,7 @@ A message has four parts: what was expected, what came, the probable cause, what
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -72,3 +73,20 @@ NO_DIVERGENCE = (
     "The divergence KL(p(y | f) ‖ p(y | f')) between two outputs is needed here, but {name} does not say it. Give it a method: divergence(outputs, moved) of "
     "an ElementwiseLikelihood, divergence(moved) of a BoundLikelihood. Or leave out model= and data=, which leaves the quadratic model alone."
 )
+NO_GRADIENT = (
+    "The backward pass of the model failed: {error}. Its outputs were computed, so an operation of its forward cannot be differentiated. Where torch "
+    "speaks of an in-place operation, one of them wrote over what a gradient needs: write x = x + 1 for x += 1, leave out inplace=True behind an "
+    "operation that keeps its output (exp, sigmoid, softmax, normalisation), or clone() first. model(inputs).sum().backward() shows the same error, and "
+    "under torch.autograd.detect_anomaly() the line."
+)
+
+
+def user_level() -> int:
+    """The ``stacklevel`` at which a warning names the line of the user: the first frame outside of this package and of torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INNER:
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+_INNER = ("fisherlens", "torch", "contextlib", "concurrent", "threading")

@@ -14,6 +14,7 @@ from fisherlens.approximations.pieces import homogeneous_inputs, structure_of
 from fisherlens.errors import InputError, MemoryBudgetError, readable_bytes
 from fisherlens.fisher import Fisher, check_damping, require_fisher
 from fisherlens.linalg.dense import damped_cholesky
+from fisherlens.linalg.precision import own_precision
 from fisherlens.linalg.probes import MIN_PROBES, Probes, orthonormal_range, split
 from fisherlens.partitions import BlockGroup, Partition
 from fisherlens.partitions import partition as make_partition
@@ -43,6 +44,7 @@ _TOL, _STEPS = 1e-5, 2000
 _CONTRACTED = 4e6
 
 
+@own_precision
 def information(
     F: Fisher, by: str = "layer", *, damping: float = 1e-3, num_probes: int = 30, seed: int = 0
 ) -> xr.Dataset:
@@ -150,6 +152,7 @@ def information(
     )
 
 
+@own_precision
 def information_table(
     dataset: xr.Dataset, key: str = "information", num: int = 20, *, ascending: bool = False
 ) -> pd.DataFrame:

@@ -251,7 +251,7 @@ class Layout:
                 hint = errors.nearest(name, (*self.layer_names, *self.names))
                 raise InputError(errors.UNKNOWN_NAME.format(what="layer or parameter", name=name, hint=hint))
             pieces.update(hits)
-        return torch.cat([torch.arange(a, b) for a, b in sorted(pieces)])
+        return torch.cat([torch.arange(a, b, device="cpu") for a, b in sorted(pieces)])
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """A dict name → tensor, of the parameters' shapes or with one trailing axis K, as ``(P,)`` or ``(P, K)``."""

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from fisherlens.errors import MemoryBudgetError, readable_bytes
 from fisherlens.fisher import Fisher, check_damping, require_fisher
+from fisherlens.linalg.precision import OwnPrecision
 from fisherlens.partitions import Partition
 
 Vector = Tensor | Mapping[str, Tensor]
 
 
-class Approximation(ABC):
+class Approximation(OwnPrecision, ABC):
     r"""A symmetric positive semi-definite stand-in F̂ for F, zero outside the blocks of a partition.
 
     The error splits in two, which have no entry in common:

@@ -239,7 +239,9 @@ def _is_whole(F: Fisher, group: BlockGroup) -> bool:
     if group.layer is not None:
         layer = F.layout.layer(group.layer)
         start, stop = layer.start, layer.stop
-    return group.size == stop - start and bool((group.index[0] == torch.arange(start, stop)).all())
+    return group.size == stop - start and bool(
+        (group.index[0] == torch.arange(start, stop, device=group.index.device)).all()
+    )
 
 
 def _relative(F: Fisher, group: BlockGroup) -> tuple[slice, Tensor, Any]:

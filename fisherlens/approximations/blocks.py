@@ -225,7 +225,7 @@ class MomentBlocks:
             factor, logs = self.own_factor(damping)
             return (self.inverse(damping)[1] if factor is None else logs) - self.index.numel() * math.log(damping)
         logs = self.factor(damping).diagonal(dim1=-2, dim2=-1).log()
-        return (2 * logs.sum() - self.index.numel() * torch.tensor(damping, dtype=torch.float64).log()).item()
+        return (2 * logs.sum() - self.index.numel() * math.log(damping)).item()
 
     def cut(self, index: Tensor) -> Tensor | None:
         """The matrices of finer blocks ``(b, t)``, each of which lies inside one of these; None where one does not."""
@@ -299,7 +299,7 @@ class SharedBlocks:
     def log_determinant(self, damping: float) -> float:
         """Σ_b log det(I + M/λ)."""
         logs = self._cholesky(damping).diagonal().log()
-        one = 2 * logs.sum() - len(self.matrix) * torch.tensor(damping, dtype=torch.float64).log()
+        one = 2 * logs.sum() - len(self.matrix) * math.log(damping)
         return len(self.index) * one.item()
 
     def effective_dimension(self, damping: float) -> Tensor:
@@ -355,9 +355,7 @@ class RowBlocks:
     def log_determinant(self, damping: float) -> float:
         """Σ_b log det(I + M_b/λ)."""
         logs = self._cholesky(damping).diagonal(dim1=-2, dim2=-1).log()
-        return (
-            2 * logs.sum() - self.gram.shape[0] * self.gram.shape[1] * torch.tensor(damping, dtype=torch.float64).log()
-        ).item()
+        return (2 * logs.sum() - self.gram.shape[0] * self.gram.shape[1] * math.log(damping)).item()
 
     def effective_dimension(self, damping: float) -> Tensor:
         """Tr M_b (M_b + λI)⁻¹ of each block, ``(B,)``."""
@@ -411,7 +409,7 @@ class ScoreBlock:
     def log_determinant(self, damping: float) -> float:
         """Log det(I + M/λ)."""
         logs = self.factor(damping).diagonal().log()
-        return (2 * logs.sum() - self.scores.rows * torch.tensor(damping, dtype=torch.float64).log()).item()
+        return (2 * logs.sum() - self.scores.rows * math.log(damping)).item()
 
     def effective_dimension(self, damping: float) -> Tensor:
         """Tr M_b (M_b + λI)⁻¹ of each block, ``(B,)``."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fisherlens.errors import ConvergenceWarning
+from fisherlens.errors import ConvergenceWarning, user_level
 from fisherlens.fisher import Fisher
 from fisherlens.linalg.kronecker import KroneckerPair, RotatedDiagonal
 from fisherlens.scores.base import CHUNK_BYTES, Total
@@ -148,7 +148,7 @@ def _warn_not_reached(active: Sequence[str], tol: float) -> None:
         f"The best Kronecker factors of {active} were not reached to {tol:g} in {_MOST_STEPS} half-steps; the last ones are returned, which are never "
         "worse than KFAC's. Two directions of these layers are nearly as good as each other.",
         ConvergenceWarning,
-        stacklevel=6,
+        stacklevel=user_level(),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fisherlens import errors
 from fisherlens.approximations.base import Approximation
-from fisherlens.errors import ConvergenceWarning, InputError, MemoryBudgetError, readable_bytes
+from fisherlens.errors import ConvergenceWarning, InputError, MemoryBudgetError, readable_bytes, user_level
 from fisherlens.fisher import Fisher, require_fisher
 from fisherlens.fisher.checks import check_seed
 from fisherlens.linalg.dense import eigenpairs, noise_floor
@@ -106,7 +107,7 @@ class LowRank(Approximation):
         self._captured = values  # v_iᵀ F v_i
 
     def _take(self, F: Fisher, name: str, values: Tensor, vectors: Tensor, level: float) -> None:
-        super().__init__(F, name, make_partition(F, {"all": torch.arange(F.n_params)}))
+        super().__init__(F, name, make_partition(F, {"all": torch.arange(F.n_params, device="cpu")}))
         self.values, self.vectors, self.level = values, vectors.to(F.dtype), level
         self._captured: Tensor | None = None
 
@@ -152,7 +153,7 @@ class LowRank(Approximation):
         return self._spread(v, 1 / (self.values + damping), 1 / (self.level + damping))
 
     def _log_determinant(self, damping: float) -> float:
-        beside = torch.tensor(self.level / damping, dtype=torch.float64).log1p().item()
+        beside = math.log1p(self.level / damping)
         return torch.log1p(self.values / damping).sum().item() + (self.n_params - self.rank) * beside
 
     def diagonal(self) -> Tensor:
@@ -254,7 +255,7 @@ def _iterated(F: Fisher, k: int, tol: float, budget: int, seed: int) -> tuple[Te
             f"LowRank: {settled} of {wanted} eigenpairs met tol={tol:g} within {found.products} products. F̂ is F projected on the subspace that was "
             "found, which need not be the leading one. Raise max_matvecs or tol, or take a smaller k.",
             ConvergenceWarning,
-            stacklevel=4,
+            stacklevel=user_level(),
         )
     values = found.values.to(F.device)
     above = values > noise_floor(values, order, F.dtype)

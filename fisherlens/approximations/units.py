@@ -80,7 +80,7 @@ def _energy(part: LayerScores, units: Units, h: Tensor) -> Tensor:
     elif isinstance(part, ConvScores):
         z = (part.g * _responses(part, weight, bias)[:, None]).sum(3)
     elif isinstance(part, ZeroScores):
-        z = torch.zeros(())
+        z = torch.zeros((), device=part.device)
     else:
         pieces = zip(_columns(part, units), _chunks(part, weight), _chunks(part, weight, bias), strict=True)
         z = torch.cat(

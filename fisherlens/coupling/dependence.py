@@ -15,6 +15,7 @@ from fisherlens.coupling.permutations import PairwiseTest, kept_examples, permut
 from fisherlens.coupling.tiles import inner_products
 from fisherlens.errors import InputError, MemoryBudgetError, readable_bytes
 from fisherlens.fisher import Fisher, require_fisher
+from fisherlens.linalg.precision import own_precision
 from fisherlens.partitions import partition as make_partition
 from fisherlens.results import make_dataset
 
@@ -26,6 +27,7 @@ NORMALISE = (None, "outputs")
 _NAMES = {"dcor": "distance correlation, squared and bias-corrected", "hsic": "normalised HSIC, bias-corrected"}
 
 
+@own_precision
 def dependence(
     F: Fisher,
     partition: Any = "layer",
@@ -249,7 +251,9 @@ def _output_lengths(F: Fisher, seed: int) -> Tensor:
     found = []
     for bound in F._bound:
         if F.kind == "exact":  # the same numbers as those of the sample
-            uniforms = torch.rand(len(bound.weight), bound.num_uniforms, generator=generator, dtype=torch.float64)
+            uniforms = torch.rand(
+                len(bound.weight), bound.num_uniforms, generator=generator, dtype=torch.float64, device="cpu"
+            )
             score = bound.sampled_score(uniforms)
         else:
             score = bound.observed_score()

@@ -13,6 +13,7 @@ from fisherlens.coupling.permutations import permutation_test, sample_grams
 from fisherlens.coupling.sketches import sketched_norms
 from fisherlens.errors import InputError, MemoryBudgetError, readable_bytes
 from fisherlens.fisher import Fisher, require_fisher
+from fisherlens.linalg.precision import own_precision
 from fisherlens.partitions import Partition
 from fisherlens.partitions import partition as make_partition
 from fisherlens.results import make_dataset
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 DIMS = ("block_i", "block_j")
 
 
+@own_precision
 def coupling(
     F: Fisher,
     partition: Any = "layer",

@@ -82,7 +82,10 @@ def permutation_test(
     packed = _Packed(matrices, num, n, sample, memory)
     step = packed.strip(num_null)
     generator = torch.Generator().manual_seed(seed)
-    orders = [torch.arange(n), *(torch.randperm(n, generator=generator) for _ in range(num_null))]
+    orders = [
+        torch.arange(n, device="cpu"),
+        *(torch.randperm(n, generator=generator, device="cpu") for _ in range(num_null)),
+    ]
     places = packed.places()
     observed, z_observed, raw = nothing.copy(), nothing.copy(), nothing.copy()
     largest = np.full(num_null, -np.inf)

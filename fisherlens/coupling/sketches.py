@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fisherlens._progress import progress
 from fisherlens.coupling.norms import require_finite_products
-from fisherlens.errors import MemoryBudgetError, NumericalWarning, readable_bytes
+from fisherlens.errors import MemoryBudgetError, NumericalWarning, readable_bytes, user_level
 from fisherlens.linalg.dense import self_gram
 from fisherlens.partitions import BlockGroup, Partition
 from fisherlens.scores import ScoreMatrix
@@ -49,7 +49,7 @@ def sketched_norms(
     sums = [torch.zeros(num, num, dtype=torch.float64, device=device) for _ in range(3)]
     own = torch.empty(num_sketches, num, dtype=torch.float64, device=device)
     for k in progress(range(num_sketches), desc="sketches", enabled=bar):
-        signs = torch.randint(0, 2, (scores.rows, size), generator=generator)
+        signs = torch.randint(0, 2, (scores.rows, size), generator=generator, device="cpu")
         x = _sketch(scores, parts, (2 * signs - 1).to(device, scores.dtype), memory)
         require_finite_products(x)
         own[k] = x.diagonal()
@@ -71,7 +71,7 @@ def _ratios(total: Tensor, squares: Tensor, cross: Tensor, own: Tensor) -> Sketc
         warnings.warn(
             f"{count} sketches are too few for standard errors of the couplings, which are NaN. Use num_sketches >= 3.",
             NumericalWarning,
-            stacklevel=4,
+            stacklevel=user_level(),
         )
         unknown = torch.full_like(ratio, torch.nan)
         return Sketched(ratio, unknown, d.sqrt(), unknown[0])

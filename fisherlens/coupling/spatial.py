@@ -17,6 +17,7 @@ from fisherlens.errors import InputError, MemoryBudgetError, UnsupportedModuleEr
 from fisherlens.fisher import Fisher, require_fisher
 from fisherlens.layout import LayerInfo
 from fisherlens.linalg.memory import zeros
+from fisherlens.linalg.precision import own_precision
 from fisherlens.partitions import Partition
 from fisherlens.results import make_dataset
 from fisherlens.scores.conv import ConvScores
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _OFFSETS = ("offset_i", "offset_j")
 
 
+@own_precision
 def spatial_coupling(
     F: Fisher, layer: str, *, max_positions: int = 64, seed: int = 0, grid: Sequence[int] | None = None
 ) -> xr.Dataset:
@@ -122,7 +124,7 @@ def _of_kernel(F: Fisher, info: LayerInfo) -> tuple[dict[str, Any], dict[str, An
     weight = part.layout.layer(info.name).weight
     window = weight.shape[2:]
     count = math.prod(window)
-    entries = torch.arange(weight.start, weight.stop).view(-1, count)  # kernels by places
+    entries = torch.arange(weight.start, weight.stop, device="cpu").view(-1, count)  # kernels by places
     labels = [",".join(map(str, place)) for place in itertools.product(*map(range, window))]
     sizes = np.full(count, len(entries))
     blocks = Partition("kernel place", part.layout, sizes, entries.T.reshape(-1).contiguous(), {}, lambda: labels)
@@ -170,7 +172,7 @@ def _of_positions(
 
     def by_distance(values: Tensor, at: Tensor) -> np.ndarray:
         return (
-            torch.zeros(count, dtype=torch.float64)
+            torch.zeros(count, dtype=torch.float64, device="cpu")
             .index_add_(0, at.reshape(-1), values.double().reshape(-1).cpu())
             .numpy()
         )
@@ -190,7 +192,7 @@ def _of_positions(
         np.divide(by_distance(values[pairs], between[pairs]), sampled, out=np.full(count, np.nan), where=sampled > 0)
         for values in (coupling, floor)
     ]
-    every = torch.triu(torch.ones(len(inner), len(inner), dtype=torch.bool))
+    every = torch.triu(torch.ones(len(inner), len(inner), dtype=torch.bool, device="cpu"))
     words = {
         "trace_share": ("distance", share, "share of the trace from positions at this distance"),
         "num_pairs": (
@@ -216,7 +218,7 @@ def _of_positions(
 def _gathered(F: Fisher, info: LayerInfo, most: int, seed: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Σ_nr ⟨u_nrt, u_nrp⟩ of all positions, ``(T, T)`` float64; the chosen positions; inputs and output scores at these, of all examples."""
     inner, inputs, outputs = None, [], []
-    some = torch.zeros(0, dtype=torch.long)
+    some = torch.zeros(0, dtype=torch.long, device="cpu")
     for _, found in factor_pieces(F, [info.name]):
         factors = found[info.name]
         if inner is None:

@@ -44,7 +44,9 @@ class BlockGrams:
         shape = (blocks.stop - blocks.start, rows.stop - rows.start, stop)
         out = torch.empty(shape, dtype=scores.dtype, device=scores.device)
         for group, fill in self._groups:
-            first, last = torch.searchsorted(group.block_ids, torch.tensor([blocks.start, blocks.stop])).tolist()
+            first, last = torch.searchsorted(
+                group.block_ids, group.block_ids.new_tensor([blocks.start, blocks.stop])
+            ).tolist()
             for at in range(first, last, step := self._together(group, rows, stop)):
                 some = slice(at, min(at + step, last))
                 target = out.new_empty(some.stop - at, *shape[1:])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fisherlens import errors
 from fisherlens.errors import InputError
+from fisherlens.linalg.precision import OwnPrecision
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +32,7 @@ def check_damping(damping: float) -> float:
     return value
 
 
-class DampedFisher:
+class DampedFisher(OwnPrecision):
     """F + λI, lazily: products, solves, diagonal, dense; damping twice by a and b equals a + b."""
 
     def __init__(self, fisher: Fisher, damping: float):

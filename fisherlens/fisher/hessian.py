@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from fisherlens import errors
-from fisherlens.errors import ConvergenceWarning, InputError, MemoryBudgetError, NonFiniteError, readable_bytes
+from fisherlens.errors import (
+    ConvergenceWarning,
+    InputError,
+    MemoryBudgetError,
+    NonFiniteError,
+    readable_bytes,
+    user_level,
+)
 from fisherlens.fisher.checks import check_arguments, check_cap, check_iteration, finite
 from fisherlens.fisher.damped import Vector, check_damping
 from fisherlens.fisher.operator import Fisher
@@ -141,7 +148,7 @@ class Hessian(Fisher):
         for start in range(0, size, step):
             stop = min(start + step, size)
             identity = torch.zeros(size, stop - start, dtype=self.dtype, device=self.device)
-            identity[torch.arange(start, stop), torch.arange(stop - start)] = 1
+            identity[start:stop].fill_diagonal_(1)
             out[:, start:stop] = self.curvature.product(identity, names) / self.total_weight
         return (out + out.T) / 2
 
@@ -267,7 +274,7 @@ class Hessian(Fisher):
                     f"(wanted {goal:.0e}). The partial solution is returned. H + λI may be close to singular, as eigenvalues of H can be near -λ: "
                     "change the damping, pass a preconditioner or raise max_steps.",
                     ConvergenceWarning,
-                    stacklevel=4,
+                    stacklevel=user_level(),
                 )
             return solution.to(self.dtype)
 
@@ -296,7 +303,7 @@ class Hessian(Fisher):
             raise InputError("restrict takes at least one layer name; print(F.layout) lists them.")
         wanted = {self.layout.layer(name).name for name in names}
         kept = [layer for layer in self.layout.layers if layer.name in wanted]
-        index = torch.cat([torch.arange(layer.start, layer.stop) for layer in kept]).to(self.device)
+        index = torch.cat([torch.arange(layer.start, layer.stop, device=self.device) for layer in kept])
         part = copy.copy(self)
         part.layout = self.layout.restrict([layer.name for layer in kept])
         part.plan = Plan([self.plan[layer.name] for layer in kept], self.n_data, 0, self.plan.budget)

@@ -17,6 +17,7 @@ from fisherlens.fisher.damped import DampedFisher, Vector, check_damping, to_sci
 from fisherlens.fisher.solve import Preconditioner, Solver
 from fisherlens.layout import Layout, named
 from fisherlens.likelihoods import Likelihood, as_likelihood
+from fisherlens.linalg.precision import OwnPrecision
 from fisherlens.scores import KINDS, Plan, ScoreMatrix, capture, parse_memory
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def require_fisher(F: Any, *, rows: bool = True) -> None:
         raise InputError(errors.NO_SCORE_ROWS)
 
 
-class Fisher:
+class Fisher(OwnPrecision):
     r"""Fisher information matrix of a network on a data set, matrix-free.
 
     .. math:: F = \frac{\sum_n w_n J_n^\top H_n J_n}{\sum_n w_n} = \frac{1}{W} U^\top U
@@ -420,7 +421,9 @@ class Fisher:
             generator = torch.Generator().manual_seed(check_seed(seed))
             drawn = [
                 bound.sampled_coefficients(
-                    torch.rand(len(bound.weight), bound.num_uniforms, generator=generator, dtype=torch.float64)
+                    torch.rand(
+                        len(bound.weight), bound.num_uniforms, generator=generator, dtype=torch.float64, device="cpu"
+                    )
                 )
                 for bound in self._bound
             ]
@@ -439,7 +442,7 @@ class Fisher:
         if not names:
             raise InputError("restrict takes at least one layer name; print(F.layout) lists them.")
         kept = [layer for layer in self.layout.layers if layer in {self.layout.layer(name) for name in names}]
-        index = torch.cat([torch.arange(layer.start, layer.stop) for layer in kept]).to(self.device)
+        index = torch.cat([torch.arange(layer.start, layer.stop, device=self.device) for layer in kept])
         part = copy.copy(self)
         part.layout = self.layout.restrict([layer.name for layer in kept])
         part.plan = Plan([self.plan[layer.name] for layer in kept], self.n_data, self.n_columns, self.plan.budget)

@@ -10,9 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fisherlens.errors import ConvergenceWarning, NumericalWarning
+from fisherlens.errors import ConvergenceWarning, NumericalWarning, user_level
 from fisherlens.linalg.cg import conjugate_gradients
 from fisherlens.linalg.dense import damped_cholesky
+from fisherlens.linalg.precision import OwnPrecision
 from fisherlens.scores import ScoreMatrix
 
 # Order up to which a float64 Cholesky factor is taken for granted: 6000² doubles are 275 MiB (our choice).
@@ -25,7 +26,7 @@ class Preconditioner(Protocol):
     def solve(self, v: Tensor, damping: float) -> Tensor: ...
 
 
-class Solver:
+class Solver(OwnPrecision):
     """Damped solves and determinants of F = UᵀU/W, from one float64 Cholesky factor that is kept for the last damping.
 
     Parameters
@@ -59,7 +60,7 @@ class Solver:
                     f"{torch.finfo(self.scores.dtype).eps * top:.1e}), so directions of small eigenvalues are noise. Raise the damping, or use "
                     "model.double().",
                     NumericalWarning,
-                    stacklevel=6,
+                    stacklevel=user_level(),
                 )
             self._kept = (damping, damped_cholesky(matrix, damping, "F" if self.dense_side else "The Gram matrix of F"))
         return self._kept[1]
@@ -114,7 +115,7 @@ class Solver:
                 f"Conjugate gradients ended after {found.steps} steps with relative residual {found.residual.max().item():.1e} "
                 f"(wanted {goal:.0e}). The partial solution is returned; pass a preconditioner, more max_steps or a larger damping.",
                 ConvergenceWarning,
-                stacklevel=5,
+                stacklevel=user_level(),
             )
         return found.solution, {
             "method": "cg",

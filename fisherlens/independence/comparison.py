@@ -16,6 +16,7 @@ from fisherlens.independence.standin import StandIn, on_layers, squared_norm_of_
 from fisherlens.independence.table import Table
 from fisherlens.independence.target import Target
 from fisherlens.linalg.pencil import DENSE_ORDER
+from fisherlens.linalg.precision import own_precision
 from fisherlens.partitions import Partition
 from fisherlens.spectrum import WHOLE
 
@@ -55,6 +56,7 @@ _FOREIGN = (
 )
 
 
+@own_precision
 def compare_approximations(
     F: Fisher,
     approximations: Sequence[Any] | Mapping[str, Any],
@@ -128,7 +130,7 @@ def compare_approximations(
     F.gradient()  # fails here, not after the work, where targets are missing
     table = Table(F, "approximation", list(named), dampings, single, FIXED, options, progress_bar)
     table.fill(_Compared(F, named, table))
-    return table.dataset(2, approximations=table.names)
+    return table.dataset(approximations=table.names)
 
 
 def _named(F: Fisher, approximations: Any) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def effective_dimension(matrix: Any, damping: float) -> float:
     """Tr F̂ (F̂ + λ)⁻¹: the stand-in's own, or -d log det(I + F̂/λ) / d log λ by differences of fourth order."""
     own = getattr(matrix, "effective_dimension", None)
     if callable(own):
-        return float(torch.as_tensor(own(damping), dtype=torch.float64).sum())
+        return float(torch.as_tensor(own(damping), dtype=torch.float64, device="cpu").sum())
     below, above = ([matrix.log_determinant(damping * math.exp(sign * j * _STEP)) for j in (1, 2)] for sign in (-1, 1))
     return (8 * (below[0] - above[0]) - (below[1] - above[1])) / (12 * _STEP)
 

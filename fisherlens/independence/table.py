@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fisherlens._progress import progress
-from fisherlens.errors import ConvergenceWarning, NumericalWarning
+from fisherlens.errors import ConvergenceWarning, NumericalWarning, user_level
 from fisherlens.fisher import Fisher
 from fisherlens.independence.judge import PER_DAMPING, judge
 from fisherlens.independence.leads import Leads
@@ -129,10 +129,10 @@ class Table:
                     self.varying[name][at, row, place] = value
             self.advance(len(stand_ins))
 
-    def dataset(self, stacklevel: int, **settings: Any) -> xr.Dataset:
+    def dataset(self, **settings: Any) -> xr.Dataset:
         """Warn of what is to be told, at the caller, and build the result."""
         for text, category in self.notes:
-            warnings.warn(text, category, stacklevel=stacklevel + 1)
+            warnings.warn(text, category, stacklevel=user_level())
         dims = (self.dim, "layer")
         variables: dict[str, Any] = {}
         for name, (long_name, units) in self.words.items():

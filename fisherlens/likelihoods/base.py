@@ -262,7 +262,7 @@ def as_setting(value: Any, what: str) -> Tensor:
         if value.is_complex() or value.is_meta or value.layout != torch.strided:
             raise TypeError(f"{what} must be real numbers in a dense tensor; got {kind}.")
     try:
-        return torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+        return torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{what} must be a number, a list or a tensor of numbers; got {kind}: {error}.") from None
 

@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from fisherlens.errors import NonFiniteError, NumericalWarning
+from fisherlens.errors import NonFiniteError, NumericalWarning, user_level
 from fisherlens.linalg import lapack
 from fisherlens.linalg.threads import side_by_side
 
@@ -84,7 +84,7 @@ def _warn_fallback(matrix: Tensor, what: str) -> None:
     warnings.warn(
         f"The eigensolver on {matrix.device} failed for {what} of shape {tuple(matrix.shape)}; computed on the CPU in float64 instead.",
         NumericalWarning,
-        stacklevel=4,
+        stacklevel=user_level(),
     )
 
 
@@ -99,7 +99,7 @@ def _factor_of_copy(matrix: Tensor, damping: float) -> Tensor | None:
     if not matrix.numel() or not lapack.knows(torch.float64, matrix.device):
         return None
     n = matrix.shape[-1]
-    damped = torch.empty(matrix.shape, dtype=torch.float64).copy_(matrix)
+    damped = torch.empty(matrix.shape, dtype=torch.float64, device="cpu").copy_(matrix)
     if not torch.isfinite(damped.sum()):  # also in the triangle that is not read
         return None
     damped.diagonal(dim1=-2, dim2=-1).add_(damping)
@@ -134,7 +134,7 @@ def damped_cholesky(matrix: Tensor, damping: float, what: str = "the matrix") ->
     warnings.warn(
         f"{what} + {damping:g} I was not positive definite in float64; 10 ε tr/n was added. Raise the damping.",
         NumericalWarning,
-        stacklevel=3,
+        stacklevel=user_level(),
     )
     return factor
 

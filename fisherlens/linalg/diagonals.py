@@ -12,6 +12,7 @@ from fisherlens.linalg.probes import (
     Estimate,
     Probes,
     Product,
+    Unit,
     finite,
     leave_one_out,
     leave_out,
@@ -38,8 +39,14 @@ def diagonal(product: Product, probes: Probes, num_matvecs: int, method: str) ->
         sketched range, the same on the rest. ``xdiag``: leave-one-out over random signs (Epperly, Tropp and Webber 2024), with an
         indicative error.
     """
+    unit = Unit(product)
     if method == "xdiag":
-        return xdiag(product, probes, num_matvecs)
+        return unit.undo(xdiag(unit, probes, num_matvecs))
+    return unit.undo(_by_regression(unit, probes, num_matvecs, method))
+
+
+def _by_regression(product: Product, probes: Probes, num_matvecs: int, method: str) -> Estimate:
+    """Gaussian probes, alone or beside a sketched range."""
     sketch, k = split(num_matvecs) if method == "hutch++" else (0, num_matvecs)
     sketch = min(sketch, probes.n)
     known, q = 0.0, None

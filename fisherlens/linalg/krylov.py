@@ -106,18 +106,18 @@ class Krylov:
         self._v = torch.empty(capacity, n, dtype=dtype, device=device)
         self._z = self._v if metric is None else torch.empty_like(self._v)  # B V
         self.capacity, self.size = capacity, 0
-        self.T = torch.zeros(0, 0, dtype=torch.float64)
+        self.T = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
         self.scale = self.skew = 0.0
-        self.lost = torch.zeros(0, 0, dtype=torch.float64)
+        self.lost = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
         self.pending = torch.empty(0, n, dtype=dtype, device=device)
         self._pending_z = self.pending
-        self.S = torch.zeros(0, 0, dtype=torch.float64)
+        self.S = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
 
     # --- orthogonalisation -------------------------------------------------------------------------------------------
 
     def random(self, count: int) -> Tensor:
         """Gaussian vectors of length about 1, in rows, drawn on the CPU so that devices agree."""
-        drawn = torch.randn(count, self.n, generator=self.generator, dtype=self.dtype)
+        drawn = torch.randn(count, self.n, generator=self.generator, dtype=self.dtype, device="cpu")
         return drawn.to(self.device) / self.n**0.5
 
     def _times_metric(self, w: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ class Krylov:
         if self.metric is not None:
             self.metric.check(self.random(min(block, 2)))
         self.extend(self.random(min(block, self.n)), 0.0)
-        self.S = torch.zeros(len(self.pending), 0, dtype=torch.float64)
+        self.S = torch.zeros(len(self.pending), 0, dtype=torch.float64, device="cpu")
 
     def absorb(self, images: Tensor) -> None:
         """Take the pending block into the basis, given A Q ``(n, q)``, and orthonormalise what comes next."""
@@ -211,7 +211,7 @@ class Krylov:
         if self.metric is not None:
             w = self.metric.solve_rows(w)
         self._judge_symmetry(projected, images.T, w)
-        T = torch.zeros(self.size, self.size, dtype=torch.float64)
+        T = torch.zeros(self.size, self.size, dtype=torch.float64, device="cpu")
         T[:old, :old] = self.T
         T[:, old:] = projected
         T[old:, :old] = projected[:old].T
@@ -219,7 +219,7 @@ class Krylov:
         self.T = T
         lower = self.extend(w, BREAKDOWN * self.eps * self.scale, projected.T)
         self.lost = torch.nn.functional.pad(self.lost, (0, added))
-        self.S = torch.zeros(len(self.pending), self.size, dtype=torch.float64)
+        self.S = torch.zeros(len(self.pending), self.size, dtype=torch.float64, device="cpu")
         self.S[:, old:] = lower.T
 
     def _judge_symmetry(self, projected: Tensor, images: Tensor, w: Tensor) -> None:
@@ -275,7 +275,7 @@ class Krylov:
         if len(self.lost) > 2 * self.size:
             self.lost = torch.linalg.qr(self.lost).R
         self.extend(self.random(count), 0.0)
-        self.S = torch.zeros(len(self.pending), self.size, dtype=torch.float64)
+        self.S = torch.zeros(len(self.pending), self.size, dtype=torch.float64, device="cpu")
 
     def correct(self, theta: Tensor, x: Tensor, images: Tensor) -> None:
         """Start again from B-orthonormal vectors x in rows with recomputed images A x: their true residuals are the pending block."""
@@ -283,7 +283,7 @@ class Krylov:
         self._v[: len(x)], self.size = x, len(x)
         if self.metric is not None:
             self._z[: len(x)] = z
-        self.T, self.lost = torch.diag(theta), torch.zeros(0, len(x), dtype=torch.float64)
+        self.T, self.lost = torch.diag(theta), torch.zeros(0, len(x), dtype=torch.float64, device="cpu")
         residual = images - theta.to(z)[:, None] * z
         if self.metric is not None:
             residual = self.metric.solve_rows(residual)

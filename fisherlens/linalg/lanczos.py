@@ -38,11 +38,12 @@ class Selection:
     def order(self, theta: Tensor, scale: float) -> Tensor:
         """Places of ascending values in the order of preference."""
         if self.which == "largest":
-            return torch.arange(len(theta) - 1, -1, -1)
+            return torch.arange(len(theta) - 1, -1, -1, device=theta.device)
         if self.which == "magnitude":
             return theta.abs().argsort(descending=True, stable=True)
         zeros = self.zeros(theta, scale)
-        return torch.cat([torch.arange(zeros, len(theta)), torch.arange(zeros - 1, -1, -1)])
+        places = torch.arange(len(theta), device=theta.device)
+        return torch.cat([places[zeros:], places[:zeros].flip(0)])
 
     def zeros(self, theta: Tensor, scale: float) -> int:
         """How many of ascending values are passed over because they cannot be told from zero."""
@@ -259,7 +260,7 @@ class _Run:
         count = min(zeros + self.k + (len(theta) - zeros - self.k) // 2, most)
         if not zeros:
             return order[:count]
-        return torch.arange(count) if count >= zeros + self.k else None
+        return torch.arange(count, device=theta.device) if count >= zeros + self.k else None
 
     # --- tolerances --------------------------------------------------------------------------------------------------
 

@@ -74,11 +74,12 @@ class Packed:
         self.n = n
         # each column holds one of the left half of the triangle, and above it a row of the right half
         half, odd = (n + 1) // 2, n % 2
-        column, row = torch.arange(half)[:, None], torch.arange(n + 1 - odd)[None, :]
+        column, row = torch.arange(half, device="cpu")[:, None], torch.arange(n + 1 - odd, device="cpu")[None, :]
         i = row - 1 + odd
         left, right = i * n + column, (half + column - odd) * n + half + row
         self.places = torch.where(i >= column, left, right).flatten()
-        where = torch.empty(n * n, dtype=torch.int64).scatter_(0, self.places, torch.arange(len(self.places)))
+        where = self.places.new_empty(n * n)
+        where[self.places] = torch.arange(len(self.places), device="cpu")
         self.diagonal = where[:: n + 1]
 
     def factor(self, matrices: Tensor) -> bool:

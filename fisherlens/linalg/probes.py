@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,32 @@ class Estimate:
     num_matvecs: int
 
 
+class Unit:
+    """Products in a power of two of their own size, where squares of them would leave the range of float64.
+
+    Attributes
+    ----------
+    value
+        The power of two, from the first product that is not zero; 1 for sizes between 1e-100 and 1e100.
+    """
+
+    def __init__(self, product: Product):
+        self._product, self.value, self._known = product, 1.0, False
+
+    def __call__(self, v: Tensor) -> Tensor:
+        images = self._product(v)
+        if not self._known:
+            most = images.abs().max().item()
+            self._known = most > 0
+            if self._known and not 1e-100 < most < 1e100 and math.isfinite(most):
+                self.value = 2.0 ** math.floor(math.log2(most))
+        return images if self.value == 1 else images / self.value
+
+    def undo(self, found: Estimate) -> Estimate:
+        """An estimate from these products in the units of the operator."""
+        return found if self.value == 1 else replace(found, value=found.value * self.value, sem=found.sem * self.value)
+
+
 class Probes:
     """Random vectors of one operator, from a CPU generator of their own: no device changes them.
 
@@ -54,17 +80,17 @@ class Probes:
 
     def signs(self, k: int) -> Tensor:
         """Random signs (Rademacher), ``(n, k)``."""
-        bits = torch.randint(0, 2, (k, self.n), generator=self._generator, dtype=torch.int8)
+        bits = torch.randint(0, 2, (k, self.n), generator=self._generator, dtype=torch.int8, device="cpu")
         return (2 * bits - 1).T.to(self.device, self.dtype)
 
     def gaussian(self, k: int) -> Tensor:
         """Standard normal vectors, ``(n, k)``."""
-        draws = torch.randn(k, self.n, generator=self._generator, dtype=torch.float64)
+        draws = torch.randn(k, self.n, generator=self._generator, dtype=torch.float64, device="cpu")
         return draws.T.to(self.device, self.dtype)
 
     def sphere(self, k: int) -> Tensor:
         """Uniform on the sphere of radius √n, ``(n, k)``."""
-        draws = torch.randn(k, self.n, generator=self._generator, dtype=torch.float64)
+        draws = torch.randn(k, self.n, generator=self._generator, dtype=torch.float64, device="cpu")
         draws *= self.n**0.5 / torch.linalg.vector_norm(draws, dim=1, keepdim=True)
         return draws.T.to(self.device, self.dtype)
 

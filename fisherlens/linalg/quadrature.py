@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherlens.errors import NonFiniteError
-
-Product = Callable[[Tensor], Tensor]
+from fisherlens.linalg.probes import Product, Unit
 
 # A new direction shorter than this many rounding errors of the operator is none (methods: breakdown is relative to the norm).
 BREAKDOWN = 100.0
@@ -108,6 +107,7 @@ def gauss_rules(
     Cost: ``probes * num_steps`` products and 4 num_steps² n floating-point operations per probe. Source: Golub and Meurant, "Matrices,
     Moments and Quadrature" (2010); Ubaru, Chen and Saad, SIAM J. Matrix Anal. Appl. 38 (2017).
     """
+    product = Unit(product)
     count, n = probes.shape
     num_steps = min(num_steps, n)
     room = max(1, int(max_bytes // max(1, num_steps * n * probes.itemsize)))
@@ -134,7 +134,7 @@ def gauss_rules(
     finished = [probe for probe in finished if probe.alphas]
     if not finished:
         raise KeyboardInterrupt
-    return _rules(finished, num_steps, products, interrupted)
+    return _rules(finished, products, interrupted, product.value)
 
 
 def _begin(z: Tensor, num_steps: int, deflated: Tensor | None) -> _Probe:
@@ -181,7 +181,7 @@ def _advance(product: Product, active: list[_Probe], step: int, num_steps: int, 
         probe.exact = probe.exact or step + 1 == len(row)
 
 
-def _rules(finished: list[_Probe], num_steps: int, products: int, interrupted: bool) -> Rules:
+def _rules(finished: list[_Probe], products: int, interrupted: bool, unit: float) -> Rules:
     width = max(len(probe.alphas) for probe in finished)
     nodes, weights, residuals = np.full((3, len(finished), width), np.nan)
     radau_nodes, radau_weights = np.full((2, len(finished), width + 1), np.nan)
@@ -207,15 +207,15 @@ def _rules(finished: list[_Probe], num_steps: int, products: int, interrupted: b
         else:  # exhausted, or 0 is a node already: both rules are one
             radau_nodes[row, :m], radau_weights[row, :m] = nodes[row, :m], weights[row, :m]
     return Rules(
-        nodes,
+        nodes * unit,
         weights,
-        radau_nodes,
+        radau_nodes * unit,
         radau_weights,
         np.array([probe.squared_norm for probe in finished]),
         np.array([len(probe.alphas) for probe in finished]),
         np.array([probe.exact for probe in finished]),
-        residuals,
-        (float(low), float(high)),
+        residuals * unit,
+        (float(low) * unit, float(high) * unit),
         products,
         interrupted,
     )

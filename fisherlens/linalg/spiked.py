@@ -84,7 +84,7 @@ def spiked(
     if rank == d or power_steps is None:
         values, basis = eigenpairs(matrix, what)
         return Spiked(basis[..., :rank], values[..., :rank].clamp(min=0), trace)
-    start = torch.randn(count, d, rank, generator=generator, dtype=torch.float64)
+    start = torch.randn(count, d, rank, generator=generator, dtype=torch.float64, device="cpu")
     basis = torch.linalg.qr(start.to(matrix.device))[0]
     for _ in range(power_steps):
         basis = torch.linalg.qr(matrix @ basis)[0]

@@ -23,6 +23,7 @@ from fisherlens.linalg.probes import (
     Estimate,
     Probes,
     Product,
+    Unit,
     finite,
     leave_one_out,
     leave_out,
@@ -53,10 +54,18 @@ def trace(
     target_sem, limit
         Of the first two: add probes until the standard error is no larger, or ``limit`` products are spent.
     """
+    unit = Unit(product)
     if method == "xtrace":
-        return xtrace(product, probes, num_matvecs)
+        return unit.undo(xtrace(unit, probes, num_matvecs))
     if method == "xnystrace":
-        return xnystrace(product, probes, num_matvecs)
+        return unit.undo(xnystrace(unit, probes, num_matvecs))
+    return unit.undo(_hutchinson(unit, probes, num_matvecs, method, target_sem, limit))
+
+
+def _hutchinson(
+    product: Unit, probes: Probes, num_matvecs: int, method: str, target_sem: float | None, limit: int
+) -> Estimate:
+    """Random signs, alone or beside a sketched range; ``target_sem`` is in the units of the operator."""
     sketch, k = split(num_matvecs) if method == "hutch++" else (0, num_matvecs)
     sketch = min(sketch, probes.n)
     known, basis = 0.0, None
@@ -70,10 +79,11 @@ def trace(
     while True:
         mean, sem, dof = rest.estimate()
         spent = 2 * sketch + rest.count
-        if target_sem is None or sem.item() <= target_sem or spent >= limit:
+        error = sem.item() * product.value
+        if target_sem is None or error <= target_sem or spent >= limit:
             return Estimate(known + mean, sem, dof, spent)
         # as many probes as the variance asks for; a tenth more at the least, or the target would stay ahead
-        wanted = rest.count * ((sem.item() / target_sem) ** 2 - 1) if sem.isfinite() else MIN_PROBES
+        wanted = rest.count * (min(error / target_sem, 1e9) ** 2 - 1) if math.isfinite(error) else MIN_PROBES
         rest.add(min(limit - spent, max(math.ceil(wanted), rest.count // 10, 1), _AT_ONCE))
 
 

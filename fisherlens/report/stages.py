@@ -126,7 +126,7 @@ def _largest(store: Store, stage: str, F: Fisher, seed: int) -> float:
     found = store.get("spectrum", stage)
     if found is not None:
         return float(found.eigenvalue.sel(layer=WHOLE)[0])
-    v = torch.randn(F.n_params, generator=torch.Generator().manual_seed(seed)).to(F.device, F.dtype)
+    v = torch.randn(F.n_params, generator=torch.Generator().manual_seed(seed), device="cpu").to(F.device, F.dtype)
     for _ in range(50):
         v = F @ (v / torch.linalg.vector_norm(v).clamp(min=torch.finfo(F.dtype).tiny))
     return float(torch.linalg.vector_norm(v))

@@ -12,6 +12,7 @@ from torch import Tensor
 from fisherlens.layout import LayerInfo
 from fisherlens.linalg.dense import add_self_gram, mirror
 from fisherlens.linalg.memory import Workspace
+from fisherlens.linalg.precision import OwnPrecision
 
 # Transient memory of a chunked contraction: large enough that the matrix products dominate, small beside any budget.
 CHUNK_BYTES = 64 * 2**20
@@ -73,7 +74,7 @@ class Total:
         return self._value.to(self._dtype)
 
 
-class LayerScores(ABC):
+class LayerScores(OwnPrecision, ABC):
     """The columns of the score matrix U that belong to one layer, U_l of shape ``(rows, p)``.
 
     Rows are ordered n-major, ``(example n, score column r)``, and carry the square root of the example's weight.

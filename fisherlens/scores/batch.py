@@ -214,7 +214,7 @@ def _checksum(x: Tensor) -> int:
 
 @cache
 def _weights(device: torch.device) -> Tensor:
-    drawn = torch.randint(-(2**62), 2**62, (_WORDS,), generator=torch.Generator().manual_seed(0))
+    drawn = torch.randint(-(2**62), 2**62, (_WORDS,), generator=torch.Generator().manual_seed(0), device="cpu")
     return (2 * drawn + 1).to(device)
 
 

@@ -14,7 +14,7 @@ from fisherlens.errors import InputError
 from fisherlens.layout import FunctionModel, Layout
 from fisherlens.likelihoods import BoundLikelihood, Likelihood
 from fisherlens.scores.checks import LOW_PRECISION, check_model
-from fisherlens.scores.collector import Collector, require_finite_scores
+from fisherlens.scores.collector import Collector, require_finite_scores, warn_of_underflow
 from fisherlens.scores.matrix import ScoreMatrix
 from fisherlens.scores.plan import Plan, Sizes, make_plan
 from fisherlens.scores.recorder import Recorder, Unexplained, leaf_gradients, preserved_randomness
@@ -174,6 +174,7 @@ def _first_pass(
         matrix = ScoreMatrix([writer.scores() for writer in writers.values()], mask, budget)
         require_finite_scores(matrix)
         witness.require(matrix, gradient)
+        warn_of_underflow(matrix)
     leaves = collector.recorder.leaves()
     parameters = torch.cat([leaf.detach().reshape(-1).to(like.dtype) for leaf in leaves.values()]).clone()
     return Capture(

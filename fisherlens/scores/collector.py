@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fisherlens.errors import InputError, NonFiniteError, NumericalWarning
+from fisherlens.errors import InputError, NonFiniteError, NumericalWarning, user_level
 from fisherlens.likelihoods import BoundLikelihood, Likelihood
 from fisherlens.likelihoods.base import along
 from fisherlens.linalg.memory import Workspace
@@ -87,7 +87,7 @@ class Collector:
                 "The outputs do not depend on any of the selected parameters, so F is zero. If that is not meant: does the model's forward run under "
                 "torch.no_grad, detach its result, or pass it through numpy?",
                 NumericalWarning,
-                stacklevel=5,
+                stacklevel=user_level(),
             )
         # bound for its shapes: which examples these are does not matter
         bound = self.bind(outputs, sample, slice(0, sample.size))
@@ -295,4 +295,20 @@ def require_finite_scores(scores: ScoreMatrix, where: str = "") -> None:
         raise NonFiniteError(
             f"The scores{where} hold NaN or infinity although parameters, inputs and outputs are finite: a derivative overflowed. Look for square "
             "roots or logarithms at 0 in the model's forward, or use a float64 model."
+        )
+
+
+def warn_of_underflow(scores: ScoreMatrix) -> None:
+    """Name layers whose scores are so small that entries of F, or their squares in norms and couplings, fall below the smallest numbers."""
+    narrow, wide = torch.finfo(scores.dtype), torch.finfo(torch.float64)
+    # squares are taken in the dtype of the scores, and fourth powers in float64
+    least = max((narrow.tiny / narrow.eps) ** 0.5, (wide.tiny / wide.eps) ** 0.25)
+    small = [name for name, size in scores.sizes.items() if 0 < size < least]
+    if small:
+        warnings.warn(
+            f"The scores of layer {small[0]!r}{f' and {len(small) - 1} more' if small[1:] else ''} are at most {scores.sizes[small[0]]:.1e}: entries of F there, or "
+            f"their squares in norms and couplings, fall below the numbers of {str(scores.dtype).removeprefix('torch.')} and come out as 0 (from {least:.0e} on they "
+            "do not). Outputs are saturated, or weights or inputs tiny. Use a float64 model, or rescale inputs, weights or outputs.",
+            NumericalWarning,
+            stacklevel=user_level(),
         )

@@ -14,6 +14,7 @@ from fisherlens._progress import progress as progress_bar
 from fisherlens.errors import InputError, NonFiniteError, UnsupportedModuleError
 from fisherlens.layout import Layout
 from fisherlens.likelihoods import BoundLikelihood, Likelihood
+from fisherlens.linalg.precision import OwnPrecision
 from fisherlens.scores.capture import as_module, first_examples
 from fisherlens.scores.checks import LOW_PRECISION, check_model
 from fisherlens.scores.held import held_bytes
@@ -30,7 +31,7 @@ _TRANSIENT = 192 * 2**20
 _TOGETHER = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
 
 
-class LossCurvature:
+class LossCurvature(OwnPrecision):
     """Products with Σ w ∇²l over a data set, parameters and data frozen as they are now.
 
     The gradient is differentiated a second time in reverse (Pearlmutter 1994 gives the product; forward mode over reverse was
@@ -236,7 +237,9 @@ class LossCurvature:
         """Find on a few examples how to differentiate twice, several vectors together or not; and check the answer."""
         generator = torch.Generator().manual_seed(0)
         tangents = {
-            name: torch.randn(2, *leaf.shape, generator=generator, dtype=torch.float64).to(self.device, leaf.dtype)
+            name: torch.randn(2, *leaf.shape, generator=generator, dtype=torch.float64, device="cpu").to(
+                self.device, leaf.dtype
+            )
             for name, leaf in self.recorder.leaves().items()
         }
         flat = torch.cat([t.reshape(2, -1) for t in tangents.values()], dim=1).double()

@@ -44,7 +44,7 @@ class DenseScores(LayerScores):
         self.width = self.t * self.d_o
 
     def largest(self) -> float:
-        return self.t * self.g.abs().max().item() * max(1.0, self.a.abs().max().item())
+        return self.t * self.g.abs().max().item() * max(1.0 if self.layer.bias else 0.0, self.a.abs().max().item())
 
     def part(self, at: slice) -> DenseScores:
         return DenseScores(self.layer, self.a[at], self.g[at])

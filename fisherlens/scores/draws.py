@@ -53,8 +53,8 @@ class Draws:
     def take(self, size: int) -> Tensor:
         """Those of the next ``size`` examples, float64, ``(size, num_uniforms, mc_samples)``."""
         shape = (size, *self._per_example)
-        uniforms = torch.rand(shape, generator=self._uniforms, dtype=torch.float64)
+        uniforms = torch.rand(shape, generator=self._uniforms, dtype=torch.float64, device="cpu")
         if not self._stratified:
             return uniforms
-        order = torch.rand(shape, generator=self._strata, dtype=torch.float64).argsort(dim=-1)
+        order = torch.rand(shape, generator=self._strata, dtype=torch.float64, device="cpu").argsort(dim=-1)
         return ((order + uniforms) / shape[-1]).clamp_(max=1 - 2**-53)  # (S - 1 + u)/S may round to 1

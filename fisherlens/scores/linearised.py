@@ -94,7 +94,7 @@ def _load_forward_mode() -> None:
     """Let torch load its forward-mode rules, in which it uses functions that it deprecates itself, without the warning."""
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore", DeprecationWarning)
-        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+        forward_ad.make_dual(torch.zeros(1, device="cpu"), torch.zeros(1, device="cpu"))
 
 
 def forward_derivatives(function: Callable[[Leaves], Tensor], leaves: Leaves, tangents: Leaves) -> tuple[Graph, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fisherlens.linalg.dense import mirror, self_gram
 from fisherlens.linalg.memory import Workspace
+from fisherlens.linalg.precision import OwnPrecision
 from fisherlens.scores.base import PART, LayerScores
 
 # Explicit columns up to this size are formed whole; beyond it their Gram matrix is summed over chunks of rows (our choice).
@@ -22,7 +23,7 @@ _IDLE_AT_LEAST, _IDLE_AT_MOST = 256 * 2**20, 2**30
 _KEPT_GRAMS = 256 * 2**20
 
 
-class ScoreMatrix:
+class ScoreMatrix(OwnPrecision):
     """U of shape ``(rows, P)``, P over the given layers in order; no answer is divided by the total weight.
 
     Parameters
@@ -91,8 +92,13 @@ class ScoreMatrix:
         return self.rmatmat(self.matmat(v).mul_(scale))
 
     @cached_property
+    def sizes(self) -> dict[str, float]:
+        """A bound for each layer by name: no entry of its scores is larger."""
+        return {layer.layer.name: layer.largest() for layer in self.layers}
+
+    @cached_property
     def _largest(self) -> float:
-        return max(layer.largest() for layer in self.layers)
+        return max(self.sizes.values())
 
     def checked_product(self, v: Tensor, scale: float = 1.0) -> tuple[Tensor, bool]:
         """The product, and whether it is finite for certain: then so is V, and no sum of U's entries times those of U V can overflow.

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 
-from fisherlens.errors import FisherLensError, InputError
+from fisherlens.errors import NO_GRADIENT, FisherLensError, InputError
 from fisherlens.layout import ROOT, FunctionModel, LayerInfo, Layout
 from fisherlens.linalg.memory import Workspace
 from fisherlens.scores.checks import LOW_PRECISION, check_outputs, random_module
@@ -243,10 +243,20 @@ def backward(
     edges = [use.edge for layer_uses in uses.values() for use in layer_uses if use.edge is not None]
     if not edges or not outputs.requires_grad:
         return {name: [None] * len(layer_uses) for name, layer_uses in uses.items()}
-    grads = iter(torch.autograd.grad(outputs, edges, signal, retain_graph=keep, allow_unused=True))
+    grads = iter(_gradients(outputs, edges, signal, retain_graph=keep, allow_unused=True))
     return {
         name: [next(grads) if use.edge is not None else None for use in layer_uses] for name, layer_uses in uses.items()
     }
+
+
+def _gradients(outputs: Tensor, inputs: Sequence[Any], signal: Tensor, **options: Any) -> tuple[Tensor | None, ...]:
+    """Derivatives of ⟨signal, outputs⟩; what torch says of a graph that has none, as after an in-place operation, becomes an InputError."""
+    try:
+        return torch.autograd.grad(outputs, inputs, signal, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise InputError(NO_GRADIENT.format(error=error)) from error
 
 
 def leaf_gradients(
@@ -256,7 +266,7 @@ def leaf_gradients(
     if not outputs.requires_grad:
         return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     options = {"retain_graph": keep, "allow_unused": True, "materialize_grads": True}
-    grads = torch.autograd.grad(outputs, list(leaves.values()), signal, **options)
+    grads = _gradients(outputs, list(leaves.values()), signal, **options)
     return {name: g.to_dense() if g.is_sparse else g for name, g in zip(leaves, grads, strict=True)}
 
 
@@ -375,7 +385,7 @@ def unexplained(recorder: Recorder, batch: Batch) -> list[str]:
     """
     found = _unexplained(recorder, batch)
     if batch.size > 1:
-        order = torch.randperm(batch.size, generator=torch.Generator().manual_seed(1))
+        order = torch.randperm(batch.size, generator=torch.Generator().manual_seed(1), device="cpu")
         found += [name for name in _unexplained(recorder, batch.take(order)) if name not in found]
     return found
 
@@ -385,8 +395,12 @@ def _unexplained(recorder: Recorder, batch: Batch) -> list[str]:
     if not outputs.requires_grad or not torch.isfinite(outputs).all():
         return []
     generator = torch.Generator().manual_seed(0)
-    signal = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs.device, outputs.dtype)
-    weight = 0.5 + torch.rand(len(outputs), generator=generator, dtype=torch.float64).to(outputs.device, outputs.dtype)
+    signal = torch.randn(outputs.shape, generator=generator, dtype=torch.float64, device="cpu").to(
+        outputs.device, outputs.dtype
+    )
+    weight = 0.5 + torch.rand(len(outputs), generator=generator, dtype=torch.float64, device="cpu").to(
+        outputs.device, outputs.dtype
+    )
     scores = backward(outputs, uses, signal)
     weighted = signal * weight.view(-1, *[1] * (signal.ndim - 1))
     truth = leaf_gradients(outputs, leaves, weighted)

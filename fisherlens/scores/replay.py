@@ -363,7 +363,9 @@ class _Comparison:
         self._vectors, self._kept, self._scales = {}, {}, {}
         for name in names:
             layer = matrix[name]
-            v = torch.randn(layer.size, generator=generator, dtype=torch.float64).to(layer.device, layer.dtype)
+            v = torch.randn(layer.size, generator=generator, dtype=torch.float64, device="cpu").to(
+                layer.device, layer.dtype
+            )
             self._vectors[name] = v
             self._kept[name] = layer.matmat(v[:, None]).view(layer.n, layer.r)
             self._scales[name] = torch.linalg.vector_norm(self._kept[name].double()).item()

@@ -100,7 +100,7 @@ def linearises(recorder: Recorder, sample: Batch, *, keep: bool) -> bool:
     generator = torch.Generator().manual_seed(0)
 
     def noise(like: Tensor, k: int) -> Tensor:
-        drawn = torch.randn(k, *like.shape, generator=generator, dtype=torch.float64)
+        drawn = torch.randn(k, *like.shape, generator=generator, dtype=torch.float64, device="cpu")
         return drawn.to(like.device, like.dtype)
 
     plain, _, leaves = recorder.forward(sample)

@@ -34,7 +34,9 @@ class Witness:
 
     def ask(self, piece: Piece, bound: BoundLikelihood, outputs: Tensor, leaves: dict[str, Tensor]) -> None:
         """Backpropagate the scores of a piece, summed with random weights; the graph is kept."""
-        weight = 0.5 + torch.rand(piece.batch.size, 1, generator=self._generator, dtype=torch.float64).to(outputs)
+        weight = 0.5 + torch.rand(piece.batch.size, 1, generator=self._generator, dtype=torch.float64, device="cpu").to(
+            outputs
+        )
         signal = sum(self.collector.signals(bound, piece.uniforms))
         signal = signal * weight.view(-1, *[1] * (signal.ndim - 1)).to(signal.dtype)
         self._put(leaf_gradients(outputs, leaves, signal, keep=True), 1)
@@ -61,7 +63,7 @@ class Witness:
         if (
             wrong
         ):  # near a minimum gradients cancel, and not all of a gap is more than rounding: random signs show the scale
-            signs = torch.randint(2, d.shape, generator=torch.Generator().manual_seed(1)).to(d) * 2 - 1
+            signs = torch.randint(2, d.shape, generator=torch.Generator().manual_seed(1), device="cpu").to(d) * 2 - 1
             scales = self._largest(matrix.rmatmat(d * signs)[:, 0])
             least = 1e3 * torch.finfo(matrix.dtype).tiny
             wrong = {name for name in wrong if gaps[name] > max(tolerance * scales[name], least)}

@@ -12,6 +12,7 @@ from fisherlens.approximations import BlockDiagonal
 from fisherlens.errors import InputError
 from fisherlens.fisher import Fisher
 from fisherlens.linalg.dense import eigenpairs, eigenvalues, noise_floor
+from fisherlens.linalg.precision import own_precision
 from fisherlens.partitions import Partition
 from fisherlens.partitions import partition as make_partition
 from fisherlens.results import make_dataset
@@ -36,6 +37,7 @@ _WORDS = {
 }
 
 
+@own_precision
 def spectrum(
     F: Any, *, by: Any = None, vectors: bool = False, bootstrap: int = 0, confidence: float = 0.95, seed: int = 0
 ) -> xr.Dataset:

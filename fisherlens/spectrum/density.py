@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,9 @@ import torch
 
 from fisherlens import errors
 from fisherlens._progress import progress as progress_bar
-from fisherlens.errors import ConvergenceWarning, InputError, NumericalWarning
+from fisherlens.errors import ConvergenceWarning, InputError, NumericalWarning, user_level
 from fisherlens.fisher import Fisher
+from fisherlens.linalg.precision import own_precision
 from fisherlens.partitions import partition
 from fisherlens.results import make_dataset
 from fisherlens.spectrum.complete import WHOLE
@@ -35,6 +36,7 @@ METHODS = ("slq", "kpm")
 _MOST_BLOCKS = 2048
 
 
+@own_precision
 def spectral_density(
     F: Any,
     *,
@@ -136,7 +138,7 @@ def spectral_density(
         raise InputError(_NEGATIVE.format(found="This is a Hessian, whose eigenvalues may be negative"))
     parts = list(_parts(F, by))
     if num_probes < FEWEST_PROBES:
-        warnings.warn(_FEW.format(count=num_probes), NumericalWarning, stacklevel=2)
+        warnings.warn(_FEW.format(count=num_probes), NumericalWarning, stacklevel=user_level())
     total = len(parts) * num_probes * num_matvecs
     found: list[Estimate | None] = []
     interrupted = False
@@ -153,18 +155,19 @@ def spectral_density(
             if interrupted or found[-1].interrupted:
                 interrupted = True
                 break
+    _require_size(found)
     products = sum(one.products for one in found)
     if interrupted:
         warnings.warn(
             f"Interrupted after {products} of up to {total} products; the result is of the finished Lanczos or Chebyshev steps"
             + ("." if len(found) == len(parts) else f" of {len(found)} of {len(parts)} blocks, the others are NaN."),
             ConvergenceWarning,
-            stacklevel=2,
+            stacklevel=user_level(),
         )
     shape = grid_for(found, points, str(grid), width, num_points, _NEGATIVE)
     if shape.scale == "log" and any(one.moments is not None for one in found):
         resolution = max(one.moments.resolution for one in found)
-        warnings.warn(_COARSE.format(resolution=resolution), NumericalWarning, stacklevel=2)
+        warnings.warn(_COARSE.format(resolution=resolution), NumericalWarning, stacklevel=user_level())
     curves = [curves_on(one, shape, own=points is not None) for one in found]
     found += [None] * (len(parts) - len(found))
     settings = {
@@ -187,10 +190,21 @@ _NEGATIVE = (
     "A logarithmic grid has no place for negative eigenvalues. {found}. Use grid='linear', which covers both sides of zero, or an array of "
     "your own."
 )
+_SIZE = (
+    "The eigenvalues are of the order {top:.1e}; their squares, and with them norms, densities and standard errors, leave the range of float64. "
+    "Scale the operator, fl.Operator(lambda v: (A @ v) * 1e{factor}, ...), and the answer back."
+)
 _COARSE = (
     "Chebyshev moments resolve {resolution:.3g} (nat) at best, everywhere alike: on a logarithmic grid, nothing below that has a meaning. Use "
     "grid='linear', more num_matvecs, or method='slq', whose resolution follows the eigenvalues."
 )
+
+
+def _require_size(found: Sequence[Estimate]) -> None:
+    """Refuse eigenvalues whose squares are no numbers any more: norms, densities and errors would come out as 0 or infinity."""
+    top = max(np.abs(part).max(initial=0.0) for one in found for part in (one.quadrature.nodes, one.quadrature.known))
+    if top and not 1e-140 < top < 1e140:
+        raise InputError(_SIZE.format(top=top, factor=-round(np.log10(top))))
 
 
 def _check(F: Any, num_probes: Any, num_matvecs: Any, method: Any, seed: Any, deflate: Any) -> None:

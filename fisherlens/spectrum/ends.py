@@ -75,10 +75,10 @@ def solve_end(F: Any, wish: Wish, on_products: Callable[[int], None]) -> dict[st
     bound = min(view.rank_bound, view.n) if view.psd else view.n
     active = min(wish.k, bound)
     positive = wish.which == "smallest" and view.psd
-    empty = torch.zeros(0, view.n, dtype=view.dtype)
+    empty = torch.zeros(0, view.n, dtype=view.dtype, device="cpu")
     if not active:
         found = _Found(empty, empty, 0.0, 0, "exact: the rank is 0", lambda values, slack: [])
-        pairs = RitzPairs(torch.zeros(0, dtype=torch.float64), empty, empty, torch.zeros(0, 0, dtype=torch.float64))
+        pairs = RitzPairs(empty.double()[:, 0], empty, empty, empty.double()[:, :0])
         return _judge(view, pairs, found, wish, view.n, active, positive)
     block = _block(view, active, positive)
     space = _space(view, wish, active, positive, block)

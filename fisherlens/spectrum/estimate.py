@@ -122,7 +122,7 @@ def _quadrature(
 def _signs(request: Request, side: Side) -> Tensor:
     """Rademacher vectors ``(probes, order)`` from a generator of its own, the same on every device."""
     generator = torch.Generator().manual_seed(request.seed)
-    bits = torch.randint(0, 2, (request.num_probes, side.order), generator=generator, dtype=torch.int8)
+    bits = torch.randint(0, 2, (request.num_probes, side.order), generator=generator, dtype=torch.int8, device="cpu")
     return (2 * bits - 1).to(device=side.device, dtype=side.dtype)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from fisherlens.errors import InputError
 from fisherlens.fisher import check_damping
+from fisherlens.linalg.precision import own_precision
 from fisherlens.spectrum.bootstrap import bootstrap_functions, check_replicates
 from fisherlens.spectrum.intervals import check_confidence, check_probing, student_interval
 from fisherlens.spectrum.moments import integrate
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 Function = Callable[[np.ndarray, float], np.ndarray]
 
 
+@own_precision
 def effective_dimension(
     F_or_result: Any,
     damping: float | Sequence[float],
@@ -87,6 +89,7 @@ def effective_dimension(
     return _function_of_spectrum(F_or_result, damping, words, dimension_of, options, bootstrap, confidence)
 
 
+@own_precision
 def log_determinant(
     F_or_result: Any,
     damping: float | Sequence[float],
@@ -194,7 +197,7 @@ def _evaluate(
             raise TypeError(message)
         own = getattr(source, name, None)
         if callable(own):
-            values = [float(torch.as_tensor(own(lam), dtype=torch.float64).sum()) for lam in grid]
+            values = [float(torch.as_tensor(own(lam), dtype=torch.float64, device="cpu").sum()) for lam in grid]
             return np.array(values), {}, f"exact: by the {type(source).__name__} itself"
         found = of_operator(source, **options)
         rules, method, leak = found.rules, found.words, found.leak

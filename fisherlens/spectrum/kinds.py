@@ -13,6 +13,7 @@ from fisherlens._progress import progress as progress_bar
 from fisherlens.errors import InputError
 from fisherlens.fisher import Fisher, check_damping
 from fisherlens.likelihoods import Likelihood, as_likelihood
+from fisherlens.linalg.precision import own_precision
 from fisherlens.results import make_dataset
 from fisherlens.spectrum.complete import WHOLE
 from fisherlens.spectrum.kinds_capture import Member, SideBySide
@@ -27,6 +28,7 @@ KNOWN = ("exact", "mc", "empirical", "hessian")
 METHODS = ("auto", "exact", "probes")
 
 
+@own_precision
 def compare_kinds(
     model: nn.Module | Callable[[dict[str, Tensor], Any], Tensor],
     data: Any,

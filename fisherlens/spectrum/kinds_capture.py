@@ -117,9 +117,7 @@ class _BoundSideBySide(BoundLikelihood):
 
     def gradient_coefficients(self) -> Tensor:
         # asked for by the capture; nothing here solves in the row space of all kinds together
-        return torch.full((len(self.outputs), self.num_columns), torch.nan, dtype=self.outputs.dtype).to(
-            self.outputs.device
-        )
+        return self.outputs.new_full((len(self.outputs), self.num_columns), torch.nan)
 
     def kept_rows(self) -> Tensor:
         some = (self.weight > 0).any(1, keepdim=True)

@@ -40,8 +40,8 @@ class Part:
     @classmethod
     def empty(cls, size: int, members: int, replicates: int = 1) -> Part:
         shape = (members, members, replicates)
-        nothing = torch.zeros(shape, dtype=torch.float64)
-        return cls(size, nothing, nothing.clone(), torch.zeros(shape[1:], dtype=torch.float64))
+        nothing = torch.zeros(shape, dtype=torch.float64, device="cpu")
+        return cls(size, nothing, nothing.clone(), torch.zeros(shape[1:], dtype=torch.float64, device="cpu"))
 
 
 def bytes_needed(F: Fisher, members: int) -> int:

@@ -36,7 +36,7 @@ class Probes:
     def vectors(self, F: Fisher) -> Tensor:
         """``(P, probes)``; drawn on the CPU, so that the device does not change them."""
         generator = torch.Generator().manual_seed(self.seed)
-        bits = torch.randint(0, 2, (F.n_params, self.num_probes), generator=generator, dtype=torch.int8)
+        bits = torch.randint(0, 2, (F.n_params, self.num_probes), generator=generator, dtype=torch.int8, device="cpu")
         return (2 * bits - 1).to(F.device, F.dtype)
 
     def require_room(self, F: Fisher, members: int) -> None:
@@ -58,10 +58,10 @@ class Probes:
         wanted = min(self.k + 1, F.n_params)  # one more, for the gap below the leading space
         found = top_eigenvalues(F, wanted, vectors=True, seed=self.seed)
         self.num_matvecs += int(found.attrs.get("num_matvecs", 0))
-        values = torch.as_tensor(found["eigenvalue"].values, dtype=torch.float64)
-        above = torch.as_tensor(found["above_noise"].values) & (values > 0)
+        values = torch.from_numpy(found["eigenvalue"].values).double()
+        above = torch.from_numpy(found["above_noise"].values) & (values > 0)
         keep = above.nonzero()[:, 0][: self.k]
-        vectors = torch.as_tensor(found["eigenvector"].values[keep.numpy()])
+        vectors = torch.from_numpy(found["eigenvector"].values[keep.numpy()])
         part.values.append(values)
         part.floors.append(float(found["noise_floor"]) if "noise_floor" in found else float("nan"))
         part.spaces.append(vectors.T.to(F.device, F.dtype))
@@ -121,7 +121,7 @@ def add_hessian(part: Part, F: Fisher, ranges: Sequence[range], hessian: Fisher,
 def _traces(F: Fisher, image: Tensor, probes: Probes) -> Tensor:
     """The trace: exact from score rows, of a Hessian one value zᵀHz per probe."""
     if F.kind != "hessian":
-        return torch.full((probes.num_probes,), F.trace(), dtype=torch.float64)
+        return torch.full((probes.num_probes,), F.trace(), dtype=torch.float64, device="cpu")
     return (probes.vectors(F) * image).double().sum(0).cpu()
 
 

@@ -167,7 +167,7 @@ def sample(side: Side, num_probes: int, num_matvecs: int, deflate: int, seed: in
 def _leading(side: Side, k: int, budget: int, seed: int) -> tuple[np.ndarray, Tensor, int, float, tuple[float, float]]:
     """Converged leading pairs, the products they took, Σ r²/|θ| of their residuals r, and the largest with its residual, converged or not."""
     if k < 1:
-        return np.zeros(0), torch.zeros(side.order, 0), side.spent, 0.0, (0.0, math.nan)
+        return np.zeros(0), torch.zeros(side.order, 0, device=side.device), side.spent, 0.0, (0.0, math.nan)
     found = block_lanczos(
         side.product,
         side.order,

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from fisherlens.errors import InputError, NonFiniteError
 from fisherlens.fisher import Fisher
+from fisherlens.linalg.precision import OwnPrecision
 
 Product = Callable[[Tensor], Tensor]
 
 
-class Operator:
+class Operator(OwnPrecision):
     """A symmetric operator given as a plain callable, for every spectrum function.
 
     Parameters

@@ -82,7 +82,7 @@ def _from_products(view: Symmetric) -> Tensor:
     for start in range(0, view.n, _COLUMNS):
         stop = min(start + _COLUMNS, view.n)
         unit = torch.zeros(view.n, stop - start, dtype=view.dtype, device=view.device)
-        unit[torch.arange(start, stop), torch.arange(stop - start)] = 1
+        unit[start:stop].fill_diagonal_(1)
         out[:, start:stop] = view.product(unit)
     require_finite_block(out, "A product with the operator")
     skew, size = (out - out.T).abs().max().item(), out.abs().max().item()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fisherlens.approximations import BlockDiagonal
-from fisherlens.errors import InputError, NumericalWarning
+from fisherlens.errors import InputError, NumericalWarning, user_level
 from fisherlens.fisher import Fisher
 from fisherlens.linalg.probes import MIN_PROBES
 from fisherlens.spectrum.complete import spectrum
@@ -60,7 +60,7 @@ def of_operator(
         warnings.warn(
             f"num_probes={num_probes} is too few for a standard error, which is NaN; it needs at least {MIN_PROBES}.",
             NumericalWarning,
-            stacklevel=4,
+            stacklevel=user_level(),
         )
     return sample(side_for(operator, budget, width=num_probes), num_probes, num_matvecs, deflate, seed)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from fisherlens import errors
 from fisherlens.errors import InputError, MemoryBudgetError
 from fisherlens.fisher import Fisher, check_damping
+from fisherlens.linalg.precision import own_precision
 from fisherlens.partitions import partition as make_partition
 from fisherlens.results import make_dataset
 from fisherlens.spectrum.bootstrap import bootstrap_functions, check_replicates
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 METHODS = ("auto", "exact", "quadrature")
 
 
+@own_precision
 def spectral_summary(
     F: Any,
     *,

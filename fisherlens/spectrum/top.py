@@ -13,8 +13,16 @@ import torch
 
 from fisherlens import errors
 from fisherlens._progress import progress as progress_bar
-from fisherlens.errors import ConvergenceWarning, InputError, MemoryBudgetError, NumericalWarning, readable_bytes
+from fisherlens.errors import (
+    ConvergenceWarning,
+    InputError,
+    MemoryBudgetError,
+    NumericalWarning,
+    readable_bytes,
+    user_level,
+)
 from fisherlens.fisher import Fisher
+from fisherlens.linalg.precision import own_precision
 from fisherlens.results import make_dataset
 from fisherlens.spectrum.complete import WHOLE, label_coords, spectrum
 from fisherlens.spectrum.ends import Wish, solve_end
@@ -40,6 +48,7 @@ _WORDS = {
 }
 
 
+@own_precision
 def top_eigenvalues(
     F: Any,
     k: int = 10,
@@ -177,7 +186,7 @@ def _warn(found: list[dict[str, Any]], names: list[str] | None, wish: Wish, dtyp
             f"The smallest eigenvalues above zero are in doubt: the rank may be larger by {hidden}, but nothing below the noise floor "
             f"({max(float(part['noise_floor']) for part in found):.1e}) can be told from zero in float32. Build the operator in float64 (model.double()).",
             NumericalWarning,
-            stacklevel=3,
+            stacklevel=user_level(),
         )
     late = [i for i, part in enumerate(found) if not part["converged"].all() or not part["settled"]]
     if not late:
@@ -201,7 +210,7 @@ def _warn(found: list[dict[str, Any]], names: list[str] | None, wish: Wish, dtyp
         f"{int(part['converged'].sum())} of {len(part['converged'])} eigenpairs{where} converged to tol={wish.tol:g} ({why}). What is there is returned, "
         f"flagged in 'converged'; the others are Rayleigh quotients with the residual shown. {remedy}",
         ConvergenceWarning,
-        stacklevel=3,
+        stacklevel=user_level(),
     )
 
 

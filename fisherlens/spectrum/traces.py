@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fisherlens import errors
-from fisherlens.errors import ConvergenceWarning, InputError, NumericalWarning
+from fisherlens.errors import ConvergenceWarning, InputError, NumericalWarning, user_level
 from fisherlens.linalg.diagonals import DIAGONAL_METHODS, diagonal
+from fisherlens.linalg.precision import own_precision
 from fisherlens.linalg.probes import MIN_PROBES, Probes, split
 from fisherlens.linalg.traces import TRACE_METHODS, trace
 from fisherlens.results import make_dataset
@@ -27,6 +28,7 @@ _INDICATIVE = {
 }
 
 
+@own_precision
 def estimate_trace(
     A: Any,
     *,
@@ -120,7 +122,7 @@ def estimate_trace(
             f"The standard error is {sem:.2e} after {found.num_matvecs} products, above the target {target_sem:.2e}. The estimate so far is returned; "
             "raise max_matvecs, or the sketch with num_matvecs.",
             ConvergenceWarning,
-            stacklevel=2,
+            stacklevel=user_level(),
         )
     _warn_few(sem, method, num_matvecs)
     low, high = student_interval(value, sem, found.dof, confidence, _rounding(view.dtype, n) * abs(value))
@@ -152,6 +154,7 @@ def estimate_trace(
     )
 
 
+@own_precision
 def estimate_diagonal(
     A: Any, *, method: str = "hutch++", num_matvecs: int = 60, seed: int = 0, confidence: float = 0.95
 ) -> xr.Dataset:
@@ -257,7 +260,7 @@ def _warn_few(sem: float, method: str, num_matvecs: int) -> None:
             f"{num_matvecs} products of method={method!r} are fewer than {MIN_PROBES} independent probes, too few for a standard error, which is NaN. "
             "Raise num_matvecs.",
             NumericalWarning,
-            stacklevel=3,
+            stacklevel=user_level(),
         )
 
 

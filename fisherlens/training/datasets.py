@@ -138,12 +138,14 @@ CIFAR10 = DataSet(
 
 def as_images(pixels: np.ndarray) -> Tensor:
     """Grey levels 0..255 as float32 in [0, 1]; a new tensor."""
-    return torch.tensor(pixels, dtype=torch.float32).div_(255)
+    return torch.tensor(pixels, dtype=torch.float32, device="cpu").div_(255)
 
 
 def standardised(images: Tensor, data: DataSet) -> Tensor:
     """(x - mean) / std with one mean and deviation per channel, in place."""
-    mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (data.mean, data.std))
+    mean, std = (
+        torch.tensor(numbers, dtype=torch.float32, device="cpu")[:, None, None] for numbers in (data.mean, data.std)
+    )
     return images.sub_(mean).div_(std)
 
 

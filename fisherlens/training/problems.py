@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from fisherlens import errors
 from fisherlens.errors import InputError
+from fisherlens.linalg.precision import own_precision
 from fisherlens.training.base import Pair, Problem, check_pair, seeded
 from fisherlens.training.folder import Where, find
 from fisherlens.training.ready import READY
@@ -18,6 +19,7 @@ _NO_VERSIONS = "version goes with data that come in several forms, those of 'cif
 _NAMES = [*READY, *SYNTHETIC]
 
 
+@own_precision
 def problem(
     name: str | Problem,
     *,

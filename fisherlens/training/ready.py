@@ -64,8 +64,9 @@ class Ready:
         pairs = []
         for x, y, count, half in ((train_x, train_y, counts[0], "train"), (test_x, test_y, counts[1], "test")):
             index = take(y, count, half, "the digits")
-            images = torch.tensor(x[index]).reshape(-1, *(self.shape or ()))  # a copy: nobody can spoil the cache
-            labels = torch.tensor(y[index], dtype=torch.int64)
+            # a copy: nobody can spoil the cache
+            images = torch.tensor(x[index], device="cpu").reshape(-1, *(self.shape or ()))
+            labels = torch.tensor(y[index], dtype=torch.int64, device="cpu")
             pairs.append((images, images.clone() if self.likelihood == "bernoulli" else labels))
         return pairs
 
@@ -73,7 +74,7 @@ class Ready:
         images = datasets.as_images(part.pixels(index))
         if self.likelihood == "bernoulli":  # grey levels are the targets too, as probabilities
             return images, images.flatten(1).clone()
-        return datasets.standardised(images, data), torch.tensor(part.labels[index])
+        return datasets.standardised(images, data), torch.tensor(part.labels[index], device="cpu")
 
 
 # Targets are what Adam or SGD reach within some epochs; that of mnist-autoencoder lies a little above what the demo of MBF shows after

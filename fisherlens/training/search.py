@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fisherlens.errors import NumericalWarning
+from fisherlens.errors import NumericalWarning, user_level
 from fisherlens.training.record import Run
 from fisherlens.training.tune import Tuning
 
@@ -69,7 +69,7 @@ def best(tuning: Tuning, trials: Mapping[str, Sequence[Trial]]) -> dict[str, int
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, NumericalWarning, stacklevel=4)
+    warnings.warn(text, NumericalWarning, stacklevel=user_level())
 
 
 def _shown(options: Mapping[str, Any]) -> str:

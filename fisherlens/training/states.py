@@ -87,7 +87,7 @@ def unpack(dtype: str, shape: tuple[int, ...], raw: np.ndarray) -> Tensor:
     if not isinstance(kind, torch.dtype):
         raise TypeError(f"{dtype!r} is no dtype of torch")
     if not raw.size:
-        return torch.empty(shape, dtype=kind)
+        return torch.empty(shape, dtype=kind, device="cpu")
     return torch.from_numpy(raw.copy()).view(kind).reshape(shape)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fisherlens.errors import InputError
 from fisherlens.likelihoods import Gaussian, Likelihood
+from fisherlens.linalg.precision import own_precision
 from fisherlens.training.base import Problem, check_count
 
 INPUTS = 6
@@ -29,6 +30,7 @@ _NUM_TRAIN, _NUM_TEST = 200, 100
 _UNKNOWN = "The Fisher of problem {name!r} is not known in closed form. It is for {known}, and for a fl.Problem that is given known_fisher=."
 
 
+@own_precision
 def known_fisher(problem: Problem, model: nn.Module) -> Tensor:
     """The Fisher of a problem with ``kind="exact"`` on its training data, in closed form.
 
@@ -87,14 +89,17 @@ def linear_fisher(model: nn.Module, inputs: Tensor, outputs: int, output_fisher:
     extended = torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1)
     width = extended.shape[1]
     F = torch.einsum("ncd,ni,nj->cidj", H, extended, extended).reshape(outputs * width, outputs * width) / len(inputs)
-    place = torch.arange(outputs * width).reshape(outputs, width)  # row c: the weights of output c, then its bias
+    # row c: the weights of output c, then its bias
+    place = torch.arange(outputs * width, device="cpu").reshape(outputs, width)
     order = torch.cat([place[:, :-1].flatten(), place[:, -1]])
     return F[order][:, order]
 
 
 def gaussian_fisher(outputs: Tensor) -> Tensor:
     """H = I/σ²."""
-    return (torch.eye(outputs.shape[1], dtype=outputs.dtype) / VARIANCE).expand(len(outputs), -1, -1)
+    return (torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device) / VARIANCE).expand(
+        len(outputs), -1, -1
+    )
 
 
 def bernoulli_fisher(outputs: Tensor) -> Tensor:
@@ -109,16 +114,16 @@ def softmax_fisher(outputs: Tensor) -> Tensor:
 
 
 def _draw_numbers(outputs: Tensor, generator: torch.Generator) -> Tensor:
-    return outputs + VARIANCE**0.5 * torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype)
+    return outputs + VARIANCE**0.5 * torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype, device="cpu")
 
 
 def _draw_bits(outputs: Tensor, generator: torch.Generator) -> Tensor:
-    uniforms = torch.rand(outputs.shape, generator=generator, dtype=outputs.dtype)
+    uniforms = torch.rand(outputs.shape, generator=generator, dtype=outputs.dtype, device="cpu")
     return (uniforms < torch.sigmoid(outputs)).to(outputs.dtype)
 
 
 def _draw_classes(outputs: Tensor, generator: torch.Generator) -> Tensor:
-    uniforms = torch.rand(len(outputs), 1, generator=generator, dtype=outputs.dtype)
+    uniforms = torch.rand(len(outputs), 1, generator=generator, dtype=outputs.dtype, device="cpu")
     return (uniforms > outputs.softmax(1).cumsum(1)[:, :-1]).sum(1)
 
 
@@ -148,14 +153,16 @@ class Synthetic:
         num_test = _NUM_TEST if num_test is None else check_count(num_test, "num_test")
         truth = torch.Generator().manual_seed(7)
         # Variances from 1 down to 1/100, along axes that a reflection turns against the coordinates.
-        normal = nn.functional.normalize(torch.randn(INPUTS, generator=truth, dtype=torch.float64), dim=0)
-        scales = torch.logspace(0, -1, INPUTS, dtype=torch.float64)
-        axes = scales[:, None] * (torch.eye(INPUTS, dtype=torch.float64) - 2 * torch.outer(normal, normal))
-        weight = 1.5 * torch.randn(INPUTS, self.outputs, generator=truth, dtype=torch.float64)
+        normal = nn.functional.normalize(torch.randn(INPUTS, generator=truth, dtype=torch.float64, device="cpu"), dim=0)
+        scales = torch.logspace(0, -1, INPUTS, dtype=torch.float64, device="cpu")
+        axes = scales[:, None] * (
+            torch.eye(INPUTS, dtype=torch.float64, device="cpu") - 2 * torch.outer(normal, normal)
+        )
+        weight = 1.5 * torch.randn(INPUTS, self.outputs, generator=truth, dtype=torch.float64, device="cpu")
         pairs = []
         for count, seed in ((num_train, 8), (num_test, 9)):
             generator = torch.Generator().manual_seed(seed)
-            x = torch.randn(count, INPUTS, generator=generator, dtype=torch.float64) @ axes
+            x = torch.randn(count, INPUTS, generator=generator, dtype=torch.float64, device="cpu") @ axes
             pairs.append((x, self.draw(x @ weight, generator)))
         return Problem(
             self.name,

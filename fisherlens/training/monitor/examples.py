@@ -26,7 +26,9 @@ def choose_examples(data: Any, num_examples: int | None, seed: int) -> tuple[Bat
         whole = _read(data, 0)
         if num_examples is not None and num_examples < whole.size:
             generator = torch.Generator().manual_seed(seed)
-            whole = whole.take(torch.randperm(whole.size, generator=generator)[:num_examples].sort().values)
+            whole = whole.take(
+                torch.randperm(whole.size, generator=generator, device="cpu")[:num_examples].sort().values
+            )
         return [_copied(whole)], whole.size
     if isinstance(data, Tensor | Mapping | str | bytes) or not isinstance(data, Iterable):
         raise InputError(

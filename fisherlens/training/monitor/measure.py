@@ -143,7 +143,7 @@ def _exact(F: Fisher, wish: Wish) -> Leading:
         space = torch.linalg.qr(lifted)[0]  # against rounding; the signs of vectors mean nothing
     positive = values.clamp(min=0)
     dimension = (positive / (positive + wish.damping)).sum().item()
-    shown = torch.zeros(wish.k, dtype=torch.float64)  # beyond the order of the Gram matrix they are zero
+    shown = torch.zeros(wish.k, dtype=torch.float64, device="cpu")  # beyond the order of the Gram matrix they are zero
     shown[: min(wish.k, len(values))] = values[: wish.k].cpu()
     return Leading(
         shown,
@@ -161,12 +161,12 @@ def _iterated(F: Fisher, wish: Wish) -> Leading:
     spaces = wish.wants("alignment", "drift")
     wanted = min(wish.k + 1, F.n_params)
     found = top_eigenvalues(F, wanted, vectors=spaces, seed=wish.seed, progress=False)
-    values = torch.zeros(wish.k + 1, dtype=torch.float64)
-    residual = torch.zeros(wish.k + 1, dtype=torch.float64)
+    values = torch.zeros(wish.k + 1, dtype=torch.float64, device="cpu")
+    residual = torch.zeros(wish.k + 1, dtype=torch.float64, device="cpu")
     values[:wanted] = torch.from_numpy(found["eigenvalue"].values.astype(float))
     residual[:wanted] = torch.from_numpy(found["residual_norm"].values.astype(float))
     size = int(found["above_noise"].values[: wish.k].sum())
-    space = torch.zeros(F.n_params, 0, dtype=F.dtype)
+    space = torch.zeros(F.n_params, 0, dtype=F.dtype, device=F.device)
     if spaces:
         space = torch.from_numpy(found["eigenvector"].values[:size].T).to(F.device, F.dtype)
     words, dimension = [found.attrs["method"]], (float("nan"),) * 4

@@ -125,7 +125,11 @@ def _remove(subject: Subject, by: str) -> Removal:
     generator = subject.generator(31)
     most = _MOST_UNITS.get(subject.preset, 64)
     # the same units of every seed, so that their curves share an axis
-    chosen = torch.randperm(len(predicted), generator=torch.Generator().manual_seed(0))[:most].sort().values.numpy()
+    chosen = (
+        torch.randperm(len(predicted), generator=torch.Generator().manual_seed(0), device="cpu")[:most]
+        .sort()
+        .values.numpy()
+    )
     divergence, change = np.zeros((len(chosen), len(SHARES))), np.zeros(len(chosen))
     before = subject.loss(theta)
     for row, unit in enumerate(chosen):
@@ -142,7 +146,7 @@ def _remove(subject: Subject, by: str) -> Removal:
     orders = {
         "information": [np.argsort(predicted, kind="stable")],
         "magnitude": [np.argsort(magnitude, kind="stable")],
-        "random": [torch.randperm(len(predicted), generator=generator).numpy() for _ in range(draws)],
+        "random": [torch.randperm(len(predicted), generator=generator, device="cpu").numpy() for _ in range(draws)],
     }
     pruned = np.array(
         [np.mean([_curve(subject, parts.blocks, one) for one in orders[key]], axis=0) for key in RANKINGS]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fisherlens.errors import InputError, NonFiniteError, NumericalWarning
+from fisherlens.errors import InputError, NonFiniteError, NumericalWarning, user_level
 from fisherlens.fisher import Fisher
 from fisherlens.layout import Layout
 from fisherlens.likelihoods import Bernoulli, BoundLikelihood, Categorical, Gaussian, Likelihood, as_likelihood
@@ -175,7 +175,9 @@ class Subject:
     def data(self) -> Pair:
         """``num_examples`` of the training data, drawn by the seed, on the network's device and in its dtype."""
         inputs, targets = self.problem.train
-        index = torch.randperm(len(inputs), generator=self.generator(1))[: self.num_examples].sort().values
+        index = (
+            torch.randperm(len(inputs), generator=self.generator(1), device="cpu")[: self.num_examples].sort().values
+        )
         return _to(inputs[index.to(inputs.device)], self.model), _to(targets[index.to(targets.device)], self.model)
 
     @cached_property
@@ -343,7 +345,7 @@ def _in_float64(model: nn.Module, example: Tensor) -> nn.Module:
         warnings.warn(
             f"The network does not run in float64 ({error}), so the claims are checked in its own dtype: small divergences are then rounding.",
             NumericalWarning,
-            stacklevel=2,
+            stacklevel=user_level(),
         )
         return model
     return wide
@@ -362,6 +364,7 @@ def _train(model: nn.Module, problem: Problem, likelihood: Likelihood, steps: in
             x, y = inputs[index.to(inputs.device)].to(device), targets[index.to(targets.device)].to(device)
             optimizer.zero_grad()
             outputs = _logits(model(x.to(dtype) if x.is_floating_point() else x))
+            likelihood.bind(outputs.detach(), y, "the training data")  # labels that do not fit are told, not met
             mean_loss(likelihood, outputs, y).backward()
             optimizer.step()
     model.zero_grad(set_to_none=True)
