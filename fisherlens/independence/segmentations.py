@@ -18,6 +18,7 @@ from fisherlens.independence.standin import Parts, StandIn, inside_layers, on_la
 from fisherlens.independence.table import Table
 from fisherlens.independence.target import Target
 from fisherlens.linalg.pencil import DENSE_ORDER
+from fisherlens.linalg.precision import own_precision
 from fisherlens.partitions import Partition
 from fisherlens.partitions import partition as make_partition
 from fisherlens.spectrum import WHOLE
@@ -36,6 +37,7 @@ FIXED = {
 }
 
 
+@own_precision
 def independence(
     F: Fisher,
     partitions: Sequence[Any] = ("layer", "unit", "cw-ngd", "mbf", "diagonal"),
@@ -130,7 +132,7 @@ def independence(
     F.gradient()  # fails here, not after the work, where targets are missing
     table = Table(F, "partition", _unique_names(schemes), dampings, single, FIXED, options, progress_bar)
     table.fill(_Segments(F, schemes, table))
-    return table.dataset(2, partitions=table.names)
+    return table.dataset(partitions=table.names)
 
 
 def _unique_names(schemes: Sequence[Partition]) -> list[str]:
