@@ -220,3 +220,30 @@ def test_importing_the_command_line_stays_light():
     code = "import sys, fisherlens.cli; print([m for m in ('matplotlib', 'xarray', 'pandas') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603
     assert done.stdout.strip() == "[]"
+
+
+def test_a_full_disk_comes_after_the_numbers(here, monkeypatch, capsys):
+    from fisherlens.results import files
+
+    def full(path, container):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "seal", full)
+    assert call("compare", "--problem", "digits-mlp", "-o", "sgd", "--steps", "1", "--seeds", "1") == 2
+    printed = capsys.readouterr()
+    assert "After 1 steps" in printed.out
+    assert "No space left on device" in printed.err
+    assert len(printed.err.splitlines()) == 1
+    assert not (here / "compare").exists()
+
+
+def test_ctrl_c_while_files_are_written(here, monkeypatch, capsys):
+    from fisherlens.report.folder import OutputFolder
+
+    def stop(self, name, content):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(OutputFolder, "write", stop)
+    assert call("compare", "--problem", "digits-mlp", "-o", "sgd", "--steps", "1", "--seeds", "1") == 130
+    assert "interrupted; files in compare are whole or were not written" in capsys.readouterr().err
+    assert fl.load(here / "compare" / "compare.nc").sizes["step"] == 2

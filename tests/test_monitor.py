@@ -366,3 +366,24 @@ def test_a_network_that_holds_its_monitor_and_one_that_cannot_be_copied():
         UnsupportedModuleError, match=r"^The network cannot be copied \(RuntimeError: .*keep such things outside"
     ):
         fl.Monitor(model, data, likelihood="categorical")
+
+
+def test_numbers_out_of_numpy_arrays_are_numbers():
+    model, data = seeded(small).double(), points()
+    plain = fl.Monitor(model, data, likelihood="categorical", every=2, k=3, num_examples=8, seed=1)
+    n = np.int64
+    given = fl.Monitor(
+        model,
+        data,
+        likelihood="categorical",
+        every=n(2),
+        k=n(3),
+        num_examples=n(8),
+        seed=n(1),
+        max_share=np.float32(0.9),
+    )
+    assert given.step(at=n(1)) is False
+    for monitor in (plain, given):
+        monitor.measure(at=n(4))
+    assert given.result.drop_vars(TIMES).equals(plain.result.drop_vars(TIMES))
+    assert json.loads(json.dumps(given.state_dict()["made_of"])) == plain.state_dict()["made_of"]

@@ -322,7 +322,7 @@ def test_unwritable_folder_is_found_before_any_work(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "touch", refuse)
-    monkeypatch.setattr(files, "_write", None)  # calling it would be work
+    monkeypatch.setattr(files, "write_netcdf", None)  # calling it would be work
     target = tmp_path / "a.nc"
     message = (
         f"Cannot write {target}: the folder {tmp_path} refuses a new file (Permission denied). "

@@ -432,3 +432,13 @@ def test_registry_is_in_the_order_of_the_claims():
     assert all(callable(run.CLAIMS[name]) for name in MINE)
     with pytest.raises(KeyError):
         run.CLAIMS["other"]
+
+
+def test_a_claim_without_memory_leaves_the_others(line, monkeypatch):
+    def starve(subjects):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(stability_module, "stability", starve)
+    with pytest.warns(NumericalWarning, match=r"The claim 'stability' was not checked: CUDA out of memory\."):
+        found = fl.verify(line, MINE[:2], seeds=1)
+    assert {name.split("/")[0] for name in found.claim.values.tolist()} == {"metric"}

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 
+import pytest
+import scipy.linalg
 import torch
 from test_verify_training import line, pairs, rows_of, subject
+from torch import nn
 
 import fisherlens as fl
 from fisherlens.training.verify.convergence import convergence, steps_to_target
@@ -54,3 +57,79 @@ def test_unreached_targets_rank_last():
     good, bad = steps_to_target(runs.isel(seed=0), 0.5)
     assert 0 < good < 8
     assert bad == math.inf
+
+
+# --- parameters that no method has statistics of -----------------------------------------------------------------------
+
+
+class Beside(nn.Module):
+    """A dense layer beside a normalisation layer with fixed statistics: linear in all nine parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = nn.Linear(3, 1, bias=False, dtype=torch.float64)
+        self.norm = nn.BatchNorm1d(3, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.dense(x[:, :3]) + self.norm(x[:, 3:]).sum(1, keepdim=True)
+
+
+def beside(n=40):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(n, 6, generator=generator, dtype=torch.float64) @ torch.triu(torch.ones(6, 6, dtype=torch.float64))
+    y = x.sum(1, keepdim=True) + 0.3 * torch.randn(n, 1, generator=generator, dtype=torch.float64)
+    return fl.Problem("beside", "Linear.", lambda: Beside().eval(), (x, y), (x, y), "gaussian", batch_size=n)
+
+
+def known(problem, lam):
+    """The empirical Fisher and the gradient at the start, and what each method divides by, straight from the formulae."""
+    (x, y), model = problem.train, problem.model(0)
+    z = torch.cat([x[:, :3], x[:, 3:] / math.sqrt(1 + model.norm.eps), torch.ones(len(x), 3, dtype=x.dtype)], dim=1)
+    with torch.no_grad():
+        r = model(x) - y
+    F, g = (r * z).T @ (r * z) / len(x), (r * z).mean(0)
+    block = F[:3, :3] + lam * torch.eye(3, dtype=x.dtype)
+    rules = {
+        "full": (block, torch.full((6,), 1 + lam)),
+        "layer": (block, torch.ones(6)),  # TENGraD takes the gradient as it is
+        "unit": (block, torch.full((6,), 1 + lam)),
+        "single": (
+            torch.diag(block.diagonal()),
+            g[3:].abs() + 1e-8,
+        ),  # CW-NGD: root of the averaged square, of one step
+    }
+    return (
+        F,
+        g,
+        {name: torch.block_diag(inside, torch.diag(rest.to(x.dtype))) for name, (inside, rest) in rules.items()},
+    )
+
+
+@pytest.mark.parametrize("operator", [None, lambda F: F.dense()], ids=["Fisher", "written out"])
+def test_parameters_without_statistics_are_predicted_as_the_method_treats_them(operator):
+    problem, lam = beside(), 0.2
+    F, g, methods = known(problem, lam)
+    whole = F + lam * torch.eye(9, dtype=F.dtype)
+    one = subject(problem, kind="empirical", damping=lam, operator=operator)
+    cuts = {"layer": "layer", "unit": "unit", "single": "diagonal"}
+    claim = convergence([one], partitions=cuts, num_steps=2, rates=[0.01])
+    kappa, eta = (claim.curves[f"convergence_{name}"].values[0] for name in ("condition_number", "decrease_ratio"))
+    for place, (name, P) in enumerate(methods.items()):
+        values = scipy.linalg.eigh(whole.numpy(), P.numpy(), eigvals_only=True)
+        assert kappa[place] == pytest.approx(values[-1] / values[0], rel=1e-7), name
+        q = torch.linalg.solve(P, g)
+        share = (g @ q) ** 2 / ((q @ whole @ q) * (g @ torch.linalg.solve(whole, g)))
+        assert eta[place] == pytest.approx(float(share), rel=1e-7), name
+    assert kappa[0] > 2  # exact natural gradient is none for what it has no statistics of
+    rows = rows_of(claim)
+    for name in ("condition-number", "decrease-ratio", "exact"):
+        assert (
+            "parameters without statistics: norm (66.7% of all), each in predictions as the method treats it"
+            in rows[name].note
+        )
+
+
+def test_a_network_that_is_covered_is_predicted_as_before():
+    claim = convergence([subject(slow_line(), damping=1e-3)], partitions=CUTS, num_steps=2, rates=[0.1])
+    assert claim.curves["convergence_condition_number"].values[0, 0] == 1
+    assert "without statistics" not in rows_of(claim)["exact"].note

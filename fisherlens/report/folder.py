@@ -15,7 +15,7 @@ PAGE, FIGURES = "report.html", "figures"
 
 
 class OutputFolder:
-    """A folder made ready for a report.
+    """A folder made ready for what a command writes.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ class OutputFolder:
             self.abandon()
             where = error.filename or self.path
             raise InputError(
-                f"Cannot write a report to {self.path}: {where}: {error.strerror}. Choose another folder with out=, or change permissions."
+                f"Cannot write to {self.path}: {where}: {error.strerror}. Choose another folder with out=, or change permissions."
             ) from error
         except InputError:
             self.abandon()
@@ -56,7 +56,7 @@ class OutputFolder:
             self._made.append(level)
         if not folder.is_dir():
             raise InputError(
-                f"Cannot write a report to {self.path}: {folder} is a file, not a folder. Choose another name with out=."
+                f"Cannot write to {self.path}: {folder} is a file, not a folder. Choose another name with out=."
             )
 
     def abandon(self) -> None:
@@ -74,8 +74,13 @@ class OutputFolder:
                 path.unlink(missing_ok=True)
 
     def write(self, name: str, content: bytes) -> Path:
-        """Write one file, which takes its name only when it is complete."""
+        """Write one file, which takes its name only when it is complete; an InputError where that fails."""
         target = self.path / name
-        with replacing(target) as temporary:
-            temporary.write_bytes(content)
+        try:
+            with replacing(target) as temporary:
+                temporary.write_bytes(content)
+        except OSError as error:
+            raise InputError(
+                f"Writing {target} failed: {error}. An earlier file of that name is untouched. Is the disk full, or the folder gone?"
+            ) from error
         return target

@@ -17,14 +17,16 @@ from fisherlens._progress import progress as progress_bar
 from fisherlens.errors import UNKNOWN_NAME, InputError, NonFiniteError, nearest
 from fisherlens.fisher import Fisher, check_damping
 from fisherlens.likelihoods import Likelihood
+from fisherlens.linalg.precision import own_precision
 from fisherlens.report import stages
 from fisherlens.report import train as training
 from fisherlens.report.folder import FIGURES, PAGE, OutputFolder
 from fisherlens.report.store import DATA_FILE, Store
-from fisherlens.report.subject import Subject, default_examples, device_of, find_device, find_subject, take_examples
+from fisherlens.report.subject import Subject, default_examples, device_of, find_subject, take_examples
 from fisherlens.report.threads import one_thread
 from fisherlens.scores import KINDS, parse_memory
 from fisherlens.training import Problem, verify
+from fisherlens.training.devices import find_device
 from fisherlens.training.loop import MakeOptimizer
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ _TRAIN_WEIGHT, _SEGMENT_WEIGHT, _VERIFY_WEIGHT, _PAGE_WEIGHT = 3.0, 9.0, 4.0, 6.
 _CLAIMS = ("metric", "one_step")  # those that take seconds; `fisherlens verify` checks all
 
 
+@own_precision
 def report(
     subject: nn.Module | Problem | str = "digits-cnn",
     out: str | os.PathLike[str] = "report/",

@@ -38,21 +38,6 @@ class Subject:
     problem: Problem | None
 
 
-def find_device(name: str | torch.device | None) -> torch.device | None:
-    """Device by name; ``"auto"`` is CUDA where there is one, else the CPU; None stays None."""
-    if name is None or isinstance(name, torch.device):
-        return name
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"Unknown device {name!r}. Known: 'auto', 'cpu', 'cuda', 'cuda:0', …") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("device='cuda' was asked for, but torch finds no CUDA device here. Use 'auto' or 'cpu'.")
-    return device
-
-
 def find_subject(
     subject: nn.Module | Problem | str,
     data: Any,
@@ -120,7 +105,7 @@ def take_examples(data: Any, count: int, seed: int, device: torch.device) -> tup
     if pair:
         if count >= total:
             return (data[0], data[1]), total
-        index = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+        index = torch.randperm(total, generator=torch.Generator().manual_seed(seed), device="cpu")[:count].sort().values
         inputs = _map(data[0], lambda x: x[index.to(x.device)] if x.ndim and len(x) == total else x)
         return (inputs, None if data[1] is None else data[1][index.to(data[1].device)]), total
     kept, left = [], count

@@ -73,7 +73,7 @@ def save(result: xr.Dataset | xr.DataTree, path: str | os.PathLike[str]) -> Path
     sweep(target.parent)
     try:
         with replacing(target) as temporary:
-            container = _write(result, temporary)
+            container = write_netcdf(result, temporary)
             seal(temporary, container)
             _compare(result, _read(temporary, container), target)
     except OSError as error:
@@ -168,8 +168,8 @@ def _check_storable(result: xr.Dataset | xr.DataTree) -> None:
                 )
 
 
-def _write(result: xr.Dataset | xr.DataTree, path: Path) -> str:
-    """Write the file and say which container it holds."""
+def write_netcdf(result: xr.Dataset | xr.DataTree, path: Path) -> str:
+    """Write the netCDF file alone, neither sealed nor read back, and say which container it holds, as :func:`fisherlens.results.seal.seal` takes it."""
     import xarray as xr
 
     nodes = {where: node.drop_encoding() for where, node in _nodes(result).items()}

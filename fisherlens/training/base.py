@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -98,11 +99,13 @@ class Problem:
         as_likelihood(self.likelihood)
         check_pair(self.train, "training")
         check_pair(self.test, "test")
-        check_count(self.batch_size, "batch_size")
+        object.__setattr__(self, "batch_size", check_count(self.batch_size, "batch_size"))
         for name, value in self.targets.items():
             if name not in TARGETS:
                 hint = errors.nearest(name, TARGETS)
                 raise InputError(errors.UNKNOWN_NAME.format(what="target", name=name, hint=hint))
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise TypeError(f"The target for {name} must be a number; got {type(value).__name__} {value!r}.")
             if not math.isfinite(value):
                 raise InputError(f"The target for {name} must be a finite number; got {value}. Leave it out instead.")
 
@@ -111,7 +114,10 @@ class Problem:
 
         The network stands as the factory left it, on the factory's device and in its mode.
         """
-        with seeded(seed):
+        with (
+            seeded(check_seed(seed)),
+            torch.inference_mode(False),
+        ):  # a network made in inference mode could not be trained
             model = self.factory()
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -129,31 +135,33 @@ class Problem:
 
 
 def check_count(value: object, name: str) -> int:
-    """Return a number of examples after a look at its type and sign."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """Return a number of examples or steps as an int, after a look at its type and sign; those out of numpy arrays are numbers too."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int; got {type(value).__name__} {value!r}.")
     if value < 1:
         raise InputError(f"{name} must be at least 1; got {value}.")
-    return value
+    return int(value)
 
 
 def check_seeds(seeds: object) -> list[int]:
     """Return the seeds 0, 1, … of a number of them, or the seeds that are given, after a look at their types."""
-    number = isinstance(seeds, int) and not isinstance(seeds, bool)
+    number = isinstance(seeds, numbers.Integral) and not isinstance(seeds, bool)
     if not number and (isinstance(seeds, str) or not isinstance(seeds, Sequence | np.ndarray)):
         raise TypeError(
             f"seeds must be a number of seeds or a sequence of them; got {type(seeds).__name__} {seeds!r}. "
             "Pass seeds=3 for 0, 1 and 2, or seeds=[3, 7]."
         )
     found = list(range(seeds)) if number else list(seeds)  # type: ignore[call-overload]
-    for seed in found:
-        if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
-            raise TypeError(f"Every seed must be an int; got {type(seed).__name__} {seed!r} in {seeds!r}.")
-        if abs(seed) >= 2**48:
-            raise InputError(
-                f"Every seed must lie below 2**48, as others are made of it; got {seed}. Small numbers do."
-            )
-    return [int(seed) for seed in found]
+    return [check_seed(seed, f" in {seeds!r}") for seed in found]
+
+
+def check_seed(seed: object, where: str = "") -> int:
+    """Return a seed as an int, after a look at its type and size."""
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise TypeError(f"Every seed must be an int; got {type(seed).__name__} {seed!r}{where}.")
+    if abs(seed) >= 2**48:
+        raise InputError(f"Every seed must lie below 2**48, as others are made of it; got {seed}. Small numbers do.")
+    return int(seed)
 
 
 @contextmanager
@@ -167,4 +175,11 @@ def seeded(seed: int) -> Iterator[None]:
         torch.default_generator.manual_seed(seed)
         if devices:
             torch.cuda.manual_seed_all(seed)
+        yield
+
+
+@contextmanager
+def trainable() -> Iterator[None]:
+    """Compute gradients, whatever mode the caller is in: what is made in inference mode could not be trained."""
+    with torch.inference_mode(False), torch.enable_grad():
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,18 @@ import torch
 from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 
+from fisherlens.errors import NumericalWarning, user_level
 from fisherlens.optim.base import NaturalGradient
 from fisherlens.training.record import Run
 from fisherlens.training.states import NotStorableError, read_state, write_state
 
 # Others may keep something outside their state_dict, and nothing could tell.
 _EXACT = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+
+_NOT_KEPT = (
+    "A run could not be kept in {folder} ({why}); the comparison goes on, and its result is complete. Only if it is stopped now, what was not kept is done "
+    "again. Make room there."
+)
 
 
 @dataclass(frozen=True)
@@ -58,10 +65,18 @@ class Checkpoint:
             write_state(self.path, state)
         except NotStorableError:  # a function in the state of a scheduler, say: the run is then done again as a whole
             self.path.unlink(missing_ok=True)
+        except OSError as error:
+            not_kept(self.path.parent, error)
 
     def drop(self) -> None:
         """Remove what is stored, as the run is over."""
         self.path.unlink(missing_ok=True)
+
+
+def not_kept(folder: Path, error: OSError) -> None:
+    """Warn that a folder takes no more files: hours of training are worth more than what is not stored of them."""
+    text = _NOT_KEPT.format(folder=folder, why=error.strerror or error)
+    warnings.warn(text, NumericalWarning, stacklevel=user_level())
 
 
 def continues_exactly(optimizer: Optimizer, scheduler: Any) -> bool:

@@ -14,6 +14,7 @@ from torch import nn
 from fisherlens._progress import progress as progress_bar
 from fisherlens.errors import InputError
 from fisherlens.likelihoods import Bernoulli, Categorical
+from fisherlens.linalg.precision import own_precision
 from fisherlens.training.base import check_count, check_seeds
 from fisherlens.training.jobs import Counter, Here, Job, setting_of
 from fisherlens.training.loop import MakeOptimizer, Ticker, build
@@ -22,6 +23,8 @@ from fisherlens.training.problems import problem as problem_by_name
 from fisherlens.training.record import Run, Setting, default_record_every, describe, plain, to_dataset
 from fisherlens.training.resume import Store, facts_of, optimizer_facts
 from fisherlens.training.search import Trial, best, judge, search_variables
+from fisherlens.training.singles import skip_singles
+from fisherlens.training.starts import checked_start, refuse_if_none_began
 from fisherlens.training.targets import check_targets
 from fisherlens.training.tune import LogUniform, Tuning, as_tuning
 from fisherlens.training.workers import Crew, make_crew
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
+@own_precision
 def compare_optimizers(
     problem: Problem | str,
     optimizers: Mapping[str, MakeOptimizer],
@@ -87,7 +91,7 @@ def compare_optimizers(
     -------
     Dataset with ``train_loss``, ``test_loss`` (nat), ``test_accuracy`` and ``seconds`` over (optimizer, seed, step), and
     ``steps_taken``, ``diverged``, ``interrupted``, ``ended_by`` over (optimizer, seed), as :func:`train` describes them. A run that
-    diverges does not stop the others. Ctrl-C stops all and keeps what was recorded.
+    diverges does not stop the others, nor does one whose network is not finite before its first step. Ctrl-C stops all and keeps what was recorded.
 
     ``steps_to_target``, ``seconds_to_target`` and ``reached`` over (target, optimizer, seed): the first recorded step at which the metric
     ``target`` is at least as good as ``target_value``, NaN where none is; it is known to within ``record_every`` steps (attribute
@@ -100,13 +104,16 @@ def compare_optimizers(
     Raises
     ------
     InputError: no optimizer, no seed or a repeated one, an unknown problem, target or label, numbers below 1, an optimizer of another
-    model, options that an entry does not take, functions that a worker cannot import, a ``resume`` folder of other settings or in use.
-    TypeError: an optimizer instead of a function. All before the first step of any run. FileFormatError: a damaged file in ``resume``.
+    model, options that an entry does not take, functions that a worker cannot import, a factory that returns one network twice, batches of one
+    example where batch normalisation trains, a ``resume`` folder of other settings or in use. TypeError: an optimizer instead of a function.
+    All before the first step of any run. NonFiniteError: no run could begin. FileFormatError: a damaged file in ``resume``.
 
     Warns
     -----
     NumericalWarning: different numbers of trials, a best trial at the edge of its search, searches of which every trial diverged, seeds
-    that are both searched and reported.
+    that are both searched and reported; initial weights that differ between two networks of one seed; a last batch of one example, which is
+    left out where batch normalisation in training mode has no statistics of it; a ``resume`` folder that takes no more files, as of a full
+    disk: the runs go on.
 
     Notes
     -----
@@ -131,15 +138,15 @@ def compare_optimizers(
     if not isinstance(optimizers, Mapping):
         raise TypeError(f"optimizers must be a dict label -> (model -> Optimizer); got {type(optimizers).__name__}.")
     every = default_record_every(num_steps) if record_every is None else record_every
-    numbers = {"num_steps": num_steps, "batch_size": batch_size, "record_every": every, "num_eval": num_eval}
-    setting = setting_of(problem, numbers)
+    given = {"num_steps": num_steps, "batch_size": batch_size, "record_every": every, "num_eval": num_eval}
+    setting = setting_of(problem, given)
     seeds = check_seeds(seeds)
     if not optimizers or not seeds or len(set(seeds)) < len(seeds):
         raise InputError(
             f"A comparison needs at least one optimizer and at least one seed, each once; got {list(optimizers)} and seeds {seeds}."
         )
     if checkpoint_every is not None:
-        check_count(checkpoint_every, "checkpoint_every")
+        checkpoint_every = check_count(checkpoint_every, "checkpoint_every")
         if resume is None:
             raise InputError(
                 "checkpoint_every says how often to store a run in the folder of resume=; give that folder too."
@@ -148,11 +155,12 @@ def compare_optimizers(
     if targets is None:
         targets = {name: goal for name, goal in problem.targets.items() if has_accuracy or name != "test_accuracy"}
     goals = check_targets(targets, has_test=True, has_accuracy=has_accuracy)
+    probe = checked_start(problem, seeds[0])
+    setting = skip_singles(setting, probe)
     search = _search(as_tuning(tune, list(optimizers)), optimizers, setting, seeds, goals, has_accuracy)
-
-    probe = problem.model(seeds[0])
     made = _probe(probe, optimizers, search, seeds[0], problem)
-    total = len(optimizers) * len(seeds) * num_steps + (search.total if search else 0)
+    numbers = setting.numbers
+    total = len(optimizers) * len(seeds) * setting.num_steps + (search.total if search else 0)
     jobs = len(optimizers) * len(seeds)
     crew = make_crew(problem, optimizers, workers, max(jobs, search.count if search else 0))
     facts = {**numbers, "seeds": seeds, "threads": crew.threads, "search": search.facts() if search else None}
@@ -178,6 +186,7 @@ def compare_optimizers(
         runs = {key: job.not_started() for key, job in plan.items()}
         if going_on:  # after Ctrl-C in the search nothing is run with options that nobody chose
             _run(crew, plan, runs, store, bar)
+    refuse_if_none_began(runs.values())
     ordered = {(label, seed): runs[label, seed] for label in optimizers for seed in seeds}
     return to_dataset(
         ordered,
@@ -232,11 +241,9 @@ class _Search:
         self, crew: Here | Crew, store: Store | None, bar: Ticker, targets: Mapping[str, float]
     ) -> tuple[dict[str, list[Trial]], bool]:
         """Do all trials; label → judged trials, none for optimizers that are not tuned, and whether all were done."""
-        names = ("num_steps", "batch_size", "record_every", "num_eval")
-        numbers = {name: getattr(self.setting, name) for name in names}
         options = {label: self.tuning.trials(label) if label in self.tuning.options else [] for label in self.labels}
         plan = {
-            (label, trial, seed): Job(f"trial-{place}-{trial}-{seed}", label, seed, numbers, one)
+            (label, trial, seed): Job(f"trial-{place}-{trial}-{seed}", label, seed, self.setting.numbers, one)
             for seed in self.seeds
             for place, label in enumerate(self.labels)
             for trial, one in enumerate(options[label])

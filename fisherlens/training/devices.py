@@ -1,4 +1,4 @@
-"""A problem on another device."""
+"""Devices by name, and a problem on another device."""
 
 from __future__ import annotations
 
@@ -12,17 +12,35 @@ from torch import nn
 from fisherlens.errors import InputError
 from fisherlens.training.base import Problem
 
+_UNKNOWN = "Unknown device {name!r}. Known: 'auto', 'cpu', 'cuda', 'cuda:0', …"
+_NOT_HERE = "Device {name!r} was asked for, but torch {why} here. Use 'auto' or 'cpu'."
 
-def check_device(device: torch.device | str) -> torch.device:
-    """Return a device that is there, by itself or by name."""
+
+def find_device(device: torch.device | str | None) -> torch.device | None:
+    """A device that can be used here, by itself or by name; ``"auto"`` is CUDA where there is one, else the CPU; None stays None.
+
+    Raises
+    ------
+    InputError: an unknown name, or a device that is not here; nothing was computed yet.
+    """
+    if device is None:
+        return None
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError):
-        raise InputError(f"Unknown device {device!r}. Known: 'cpu', 'cuda', 'cuda:0', …") from None
+        raise InputError(_UNKNOWN.format(name=device)) from None
     if found.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            f"Device {str(found)!r} was asked for, but torch finds no CUDA device here. Use 'cpu', or leave it out."
-        )
+        raise InputError(_NOT_HERE.format(name=str(found), why="finds no CUDA device"))
+    if found.type == "meta":
+        raise InputError(_NOT_HERE.format(name="meta", why="keeps no numbers on it, so that nothing can be computed"))
+    if found.type != "cpu":
+        try:
+            torch.empty(1, device=found)
+        except (RuntimeError, AssertionError) as error:  # another number than there are, or another build of torch
+            why = f"cannot use it ({str(error).partition(chr(10))[0]})"
+            raise InputError(_NOT_HERE.format(name=str(found), why=why)) from None
     return found
 
 

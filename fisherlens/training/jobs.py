@@ -57,6 +57,7 @@ def perform(job: Job, problem: Problem, optimizers: Mapping[str, MakeOptimizer],
             bar=bar,
             options=job.options,
             checkpoint=job.checkpoint,
+            forgiving=True,
         )
     except Exception as error:
         with_options = f" with {dict(job.options)}" if job.options else ""

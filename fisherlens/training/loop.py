@@ -18,10 +18,13 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from fisherlens._progress import progress as progress_bar
 from fisherlens.errors import InputError, NonFiniteError
 from fisherlens.likelihoods import Likelihood, as_likelihood
+from fisherlens.linalg.precision import own_precision
+from fisherlens.training.base import check_seed, trainable
 from fisherlens.training.checkpoint import Checkpoint
 from fisherlens.training.loss import count_correct, mean_loss, summed_loss
 from fisherlens.training.problems import Pair, Problem, check_pair, seeded
 from fisherlens.training.record import METRICS, Run, Setting, default_record_every, describe, device_of, to_dataset
+from fisherlens.training.singles import skip_singles
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -31,6 +34,9 @@ MakeOptimizer = Callable[..., Any]  # (model, **options) -> Optimizer, or (Optim
 Callback = Callable[[int, nn.Module, Optimizer], object]
 
 _EVALUATE_AT_ONCE = 1024  # examples per forward pass of an evaluation
+# what an optimizer raises where numbers have left their range: ours, and a matrix without factors or eigenvalues in torch, numpy and scipy
+_DIVERGED = (NonFiniteError, torch.linalg.LinAlgError, np.linalg.LinAlgError)
+BEFORE = "before the first step: "
 
 
 @contextmanager
@@ -105,6 +111,11 @@ def build(
     optimizer, scheduler = made if pair else (made, None)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"Optimizer {label!r} must return a torch.optim.Optimizer; got {type(optimizer).__name__}.")
+    if isinstance(optimizer, torch.optim.LBFGS) or getattr(optimizer, "adapt_damping", False):
+        raise InputError(
+            f"Optimizer {label!r} ({type(optimizer).__name__}) computes the loss several times in a step, through step(closure), and the loop here computes it once. "
+            "Write that loop yourself, with fl.Monitor beside it; NGD does without if adapt_damping=False."
+        )
     if scheduler is not None and (isinstance(scheduler, ReduceLROnPlateau) or scheduler.optimizer is not optimizer):
         raise InputError(
             f"The scheduler of optimizer {label!r} must be one of that optimizer which steps by itself, after each optimizer step; got "
@@ -135,13 +146,15 @@ def run_training(
     bar: Ticker,
     options: Mapping[str, Any] | None = None,
     checkpoint: Checkpoint | None = None,
+    forgiving: bool = False,
 ) -> Run:
     """Train ``model`` in place and record; divergence and Ctrl-C end the run early and are noted, not raised.
 
-    ``options`` go to ``make_optimizer``; a ``checkpoint`` is continued if there is one, and written on the way.
+    ``options`` go to ``make_optimizer``; a ``checkpoint`` is continued if there is one, and written on the way. A network that is not finite before
+    its first step raises, or is noted as diverged where the caller is ``forgiving``.
     """
     # Dropout and the like draw from the global generators; inside they are seeded, outside they are as before.
-    with seeded(seed):
+    with seeded(seed), trainable():
         optimizer, scheduler = build(make_optimizer, model, label or "optimizer", options)
         kind = type(optimizer).__name__
         made = {"class": kind, **optimizer.defaults}
@@ -151,17 +164,28 @@ def run_training(
             begun, seconds = 0, 0.0
             if checkpoint is not None:
                 begun, seconds = checkpoint.load(run, model, optimizer, scheduler)
-            if begun == 0:
-                _record(run, setting, model, 0, 0.0)  # a problem that is broken from the start raises here
+            if begun > 0:
+                bar.update(begun)
+            elif _begin(run, setting, model, forgiving):
                 for callback in callbacks:
                     callback(0, model, optimizer)
-            else:
-                bar.update(begun)
-            _steps(run, setting, model, (optimizer, scheduler), callbacks, bar, (begun, seconds), checkpoint)
+            if not run.diverged:
+                _steps(run, setting, model, (optimizer, scheduler), callbacks, bar, (begun, seconds), checkpoint)
         except KeyboardInterrupt:
             run.interrupted, run.ended_by = True, f"interrupted after step {run.steps_taken}"
     model.zero_grad(set_to_none=True)
     return run
+
+
+def _begin(run: Run, setting: Setting, model: nn.Module, forgiving: bool) -> bool:
+    """Record what there is before the first step; False where that is not finite, which the run then notes."""
+    try:
+        _record(run, setting, model, 0, 0.0)
+    except NonFiniteError as error:
+        if not forgiving:
+            raise
+        run.diverged, run.ended_by = True, f"{BEFORE}{error}"
+    return not run.diverged
 
 
 def _steps(
@@ -197,7 +221,7 @@ def _steps(
             run.steps_taken = step
             if step % setting.record_every == 0 or step == setting.num_steps:
                 _record(run, setting, model, step, seconds)
-        except NonFiniteError as error:
+        except _DIVERGED as error:
             run.diverged, run.ended_by = True, f"in step {step}: {error}"
             return
         for callback in callbacks:
@@ -217,6 +241,7 @@ def _record(run: Run, setting: Setting, model: nn.Module, step: int, seconds: fl
         run.metrics[name][at] = value
 
 
+@own_precision
 def train(
     model: nn.Module,
     data: Problem | Pair,
@@ -272,13 +297,17 @@ def train(
     -------
     Dataset with ``train_loss``, ``test_loss`` (nat), ``test_accuracy`` and ``seconds`` over (optimizer, seed, step), the first two
     of length 1; losses are means over the whole set, ``seconds`` is training time without evaluation and callbacks.
-    ``steps_taken``, ``diverged``, ``interrupted`` and ``ended_by`` over (optimizer, seed) say how the run ended: a non-finite loss
-    stops it, Ctrl-C stops it, and what was recorded stays. Steps not reached are NaN, and so is an accuracy of real-valued targets.
+    ``steps_taken``, ``diverged``, ``interrupted`` and ``ended_by`` over (optimizer, seed) say how the run ended: a non-finite loss, or a
+    matrix of the optimizer without factors, stops it, Ctrl-C stops it, and what was recorded stays. Steps not reached are NaN, and so is an accuracy of real-valued targets.
 
     Raises
     ------
     InputError: targets that do not fit the outputs, numbers below 1, an optimizer of another model. NonFiniteError: NaN or infinity in
     the data, or in the outputs before the first step. TypeError: a loss instead of a likelihood, an optimizer instead of a function.
+
+    Warns
+    -----
+    NumericalWarning: a last batch of one example, which is left out where batch normalisation in training mode has no statistics of it.
 
     Notes
     -----
@@ -307,7 +336,8 @@ def train(
     if test is not None:
         test = check_pair(test, "test")
     every = default_record_every(num_steps) if record_every is None else record_every
-    setting = Setting(pair, test, as_likelihood(likelihood), num_steps, batch_size, every)
-    with progress_bar(num_steps, desc=f"Train {name or ''}".strip(), enabled=progress) as bar:
+    seed = check_seed(seed)
+    setting = skip_singles(Setting(pair, test, as_likelihood(likelihood), num_steps, batch_size, every), model)
+    with progress_bar(setting.num_steps, desc=f"Train {name or ''}".strip(), enabled=progress) as bar:
         run = run_training(model, setting, make_optimizer, label=name, seed=seed, callbacks=callbacks, bar=bar)
     return to_dataset({(run.optimizer, seed): run}, setting, **describe(model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import numbers
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fisherlens.errors import InputError
 from fisherlens.likelihoods import Likelihood
-from fisherlens.training.problems import Pair
+from fisherlens.training.base import Pair, check_count
 from fisherlens.training.targets import OWN_SHARE, target_variables
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ METRICS: dict[str, dict[str, str]] = {
     "test_accuracy": {"long_name": "share of test labels met", "units": "1"},
     "seconds": {"long_name": "training time so far, evaluation excluded", "units": "s"},
 }
+
+NUMBERS = ("num_steps", "batch_size", "record_every", "num_eval", "skip_single")  # of a Setting
 
 
 @dataclass
@@ -50,7 +52,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all runs of one comparison share. Losses are measured on ``num_eval`` examples of each set, None for all."""
+    """What all runs of one comparison share.
+
+    Losses are measured on ``num_eval`` examples of each set, None for all. ``skip_single`` leaves out a last batch of one example.
+    """
 
     train: Pair
     test: Pair | None
@@ -59,17 +64,19 @@ class Setting:
     batch_size: int
     record_every: int
     num_eval: int | None = None
+    skip_single: bool = False
 
     def __post_init__(self) -> None:
         """Check the numbers, all of them at least 1."""
         for name in ("num_steps", "batch_size", "record_every", "num_eval"):
             value = getattr(self, name)
-            if name == "num_eval" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int; got {type(value).__name__} {value!r}.")
-            if value < 1:
-                raise InputError(f"{name} must be at least 1; got {value}.")
+            if name != "num_eval" or value is not None:
+                object.__setattr__(self, name, check_count(value, name))
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """All of it but data and likelihood, as keywords of a Setting."""
+        return {name: getattr(self, name) for name in NUMBERS}
 
     @property
     def steps(self) -> np.ndarray:
@@ -90,15 +97,19 @@ class Setting:
         """All examples, or a subset that is the same in every run, in data order."""
         if self.num_eval is None or self.num_eval >= len(pair[0]):
             return pair
-        order = torch.randperm(len(pair[0]), generator=torch.Generator().manual_seed(0))
+        order = torch.randperm(len(pair[0]), generator=torch.Generator().manual_seed(0), device="cpu")
         index = order[: self.num_eval].sort().values
         return pair[0][index.to(pair[0].device)], pair[1][index.to(pair[1].device)]
 
     def batches(self, seed: int) -> Iterator[Tensor]:
-        """Yield index batches without end: each pass takes every example once, in an order drawn from ``seed``."""
+        """Yield index batches without end: each pass takes every example once, in an order drawn from ``seed``.
+
+        With ``skip_single`` a pass leaves out the one example that would make a last batch of its own.
+        """
         generator = torch.Generator().manual_seed(seed)
         while True:
-            yield from torch.randperm(len(self.train[0]), generator=generator).split(self.batch_size)
+            order = torch.randperm(len(self.train[0]), generator=generator, device="cpu")
+            yield from (index for index in order.split(self.batch_size) if len(index) > 1 or not self.skip_single)
 
 
 def to_dataset(
@@ -149,6 +160,7 @@ def to_dataset(
         "n_test": 0 if setting.test is None else len(setting.test[0]),
     }
     made |= {} if setting.num_eval is None else {"num_eval": setting.num_eval}
+    made |= {"skip_single": True} if setting.skip_single else {}
     return make_dataset(
         variables | dict(further[0]),
         coords | dict(further[1]),
@@ -163,7 +175,7 @@ def to_dataset(
 
 def default_record_every(num_steps: int) -> int:
     """About fifty records per run."""
-    return max(1, num_steps // 50) if isinstance(num_steps, int) else num_steps
+    return max(1, int(num_steps) // 50) if isinstance(num_steps, numbers.Integral) else num_steps
 
 
 def plain(value: Any) -> Any:

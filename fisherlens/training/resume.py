@@ -18,7 +18,7 @@ from fisherlens._version import __version__
 from fisherlens.errors import FileFormatError, InputError
 from fisherlens.results.seal import replacing, sweep
 from fisherlens.training.base import Problem
-from fisherlens.training.checkpoint import Checkpoint
+from fisherlens.training.checkpoint import Checkpoint, not_kept
 from fisherlens.training.jobs import Job
 from fisherlens.training.record import Run, plain
 from fisherlens.training.states import NotStorableError, dumps, read_state, write_state
@@ -30,7 +30,7 @@ _DIGITS = 16
 _NOT_RUN = (
     "plots/",
     "report/",
-    "cli.py",
+    "cli/",
     "training/verify/",
     "training/monitor/",
     "training/adapters/",
@@ -56,16 +56,17 @@ class Store:
 
     def __init__(self, path: str | os.PathLike[str], facts: Mapping[str, Any], checkpoint_every: int | None):
         self.path, self.every = Path(path), checkpoint_every
+        self._lock = None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"Cannot keep runs in {self.path}: {error.strerror}. resume= names a folder, which is created; choose another one."
-            ) from error
-        self._lock = _lock(self.path)
-        try:
+            self._lock = _lock(self.path)
             sweep(self.path)
             self._agree(plain(facts))
+        except OSError as error:
+            self.close()
+            raise InputError(
+                f"Cannot keep runs in {self.path}: {error.strerror or error}. resume= names a folder, which is created; choose another one."
+            ) from error
         except BaseException:
             self.close()
             raise
@@ -112,12 +113,15 @@ class Store:
         return run
 
     def put(self, job: Job, run: Run) -> None:
-        """Keep a run that is finished, diverged ones included; its checkpoint goes."""
+        """Keep a run that is finished, diverged ones included; its checkpoint goes. Where the disk refuses, a warning says so and the run goes on."""
         if run.interrupted:
             return
-        write_state(self.path / f"{job.name}.run", {name: getattr(run, name) for name in (*_FACTS, "metrics")})
-        if job.checkpoint is not None:
-            job.checkpoint.drop()
+        try:
+            write_state(self.path / f"{job.name}.run", {name: getattr(run, name) for name in (*_FACTS, "metrics")})
+            if job.checkpoint is not None:
+                job.checkpoint.drop()
+        except OSError as error:
+            not_kept(self.path, error)
 
     def close(self) -> None:
         """Let other processes use the folder."""

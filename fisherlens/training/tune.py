@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import numpy as np
 
 from fisherlens import errors
-from fisherlens.errors import InputError, NumericalWarning
-from fisherlens.training.base import TARGETS, check_count
+from fisherlens.errors import InputError, NumericalWarning, user_level
+from fisherlens.training.base import TARGETS, check_count, check_seeds
 from fisherlens.training.record import Run
 from fisherlens.training.targets import first_step
 
@@ -53,7 +53,7 @@ class LogUniform:
         """Check the ends."""
         for name in ("low", "high"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Real):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise TypeError(f"{name} must be a number; got {type(value).__name__} {value!r}.")
         if not 0 < self.low < self.high < math.inf:
             raise InputError(
@@ -166,10 +166,10 @@ class Tuning:
 
     def seeds_beside(self, reported: Sequence[int]) -> list[int]:
         """Return the seeds of the search; chosen by number they keep off those that are reported, named they may meet them, with a warning."""
-        if isinstance(self.seeds, int):
+        if isinstance(self.seeds, numbers.Integral):
             free = (seed for seed in itertools.count(_FIRST_SEED) if seed not in reported)
             return list(itertools.islice(free, check_count(self.seeds, "seeds")))
-        chosen = [int(seed) for seed in self.seeds]
+        chosen = check_seeds(self.seeds)
         if not chosen or len(set(chosen)) < len(chosen):
             raise InputError(f"A search needs at least one seed, each once; got seeds {chosen}.")
         shared = sorted(set(chosen) & set(reported))
@@ -178,7 +178,7 @@ class Tuning:
                 f"Seeds {shared} are both searched and reported, so the reported runs are better than new ones would be. "
                 "Choose other seeds for the search.",
                 NumericalWarning,
-                stacklevel=4,
+                stacklevel=user_level(),
             )
         return chosen
 
@@ -207,8 +207,8 @@ class Tuning:
                 share = math.log(value / values.low) / math.log(values.high / values.low)
                 at_end = not _EDGE <= share <= 1 - _EDGE
             else:
-                numbers = [v for v in _listed(values) if isinstance(v, Real) and not isinstance(v, bool)]
-                at_end = len(set(numbers)) > 1 and value in (min(numbers), max(numbers))
+                known = [v for v in _listed(values) if isinstance(v, numbers.Real) and not isinstance(v, bool)]
+                at_end = len(set(known)) > 1 and value in (min(known), max(known))
             if at_end:
                 found.append(name)
         return found
@@ -236,7 +236,7 @@ def as_tuning(tune: Tuning | Mapping[str, Any] | None, labels: Sequence[str]) ->
             f"The optimizers get different numbers of trials: {shown}. The one that is tried more often looks better than it is. "
             "Give each the same number, or fl.Tuning(..., allow_unequal=True) if that is meant.",
             NumericalWarning,
-            stacklevel=3,
+            stacklevel=user_level(),
         )
     return tune
 

@@ -7,6 +7,7 @@ stops where the parent asks for it, and where the parent is gone.
 from __future__ import annotations
 
 import multiprocessing
+import numbers
 import signal
 import time
 import traceback
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from fisherlens.errors import FisherLensError, InputError
+from fisherlens.errors import FisherLensError, InputError, user_level
 from fisherlens.training.base import Problem, check_count
 from fisherlens.training.jobs import Counter, Done, Here, Job, perform
 from fisherlens.training.loop import MakeOptimizer, Ticker
@@ -40,7 +41,7 @@ _DIED = (
 
 def make_crew(problem: Problem, optimizers: Mapping[str, MakeOptimizer], workers: int, jobs: int) -> Here | Crew:
     """Who does the runs: this process for ``workers=0``, else at most one worker for each run."""
-    if isinstance(workers, bool) or not isinstance(workers, int):
+    if isinstance(workers, bool) or not isinstance(workers, numbers.Integral):
         raise TypeError(f"workers must be an int; got {type(workers).__name__} {workers!r}.")
     if workers == 0:
         return Here(problem, optimizers)
@@ -147,7 +148,7 @@ class Crew:
         for category, text in heard:
             if (category.__name__, text) not in self._told:
                 self._told.add((category.__name__, text))
-                warnings.warn(text, category, stacklevel=5)
+                warnings.warn(text, category, stacklevel=user_level())
         counter.finish(job.num_steps)
         done(job, run)
         return True

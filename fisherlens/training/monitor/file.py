@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fisherlens.results import save
-from fisherlens.results.files import _write
+from fisherlens.results.files import write_netcdf
 from fisherlens.results.seal import replacing, seal
 
 if TYPE_CHECKING:
@@ -32,4 +32,4 @@ class RunFile:
             self._compared.add(form)
             return
         with replacing(self.path) as temporary:
-            seal(temporary, _write(result, temporary))
+            seal(temporary, write_netcdf(result, temporary))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import numbers
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ from fisherlens.fisher import Fisher
 from fisherlens.fisher.checks import check_seed
 from fisherlens.layout import Layout
 from fisherlens.likelihoods import Likelihood, as_likelihood
+from fisherlens.linalg.precision import without_autocast
 from fisherlens.results import load, require_writable
 from fisherlens.scores.recorder import preserved_randomness
 from fisherlens.training.monitor.clock import Clock, learning_rate, stability_limit
@@ -172,6 +174,7 @@ class Monitor:
             raise TypeError(f"model must be the torch.nn.Module that is being trained; got {type(model).__name__}.")
         self._likelihood = as_likelihood(likelihood)
         check_options(every, k, damping, kind, num_examples, max_share, existing, start, strict, keep_hooks)
+        every, k, num_examples = int(every), int(k), None if num_examples is None else int(num_examples)
         seed = check_seed(seed)
         self._sinks = list(to)
         for sink in self._sinks:
@@ -180,7 +183,8 @@ class Monitor:
                     f"to= takes functions (step, values), such as fl.adapters.tensorboard('runs/'); got {type(sink).__name__}."
                 )
         self._model, self._optimizer = model, optimizer
-        self.every, self._max_share, self._strict, self._keep_hooks = every, max_share, strict, keep_hooks
+        self.every, self._strict, self._keep_hooks = every, strict, keep_hooks
+        self._max_share = None if max_share is None else float(max_share)
         layout = Layout.from_model(unwrap(model), params)
         device = next(unwrap(model).parameters()).device
         with preserved_randomness(device):
@@ -232,9 +236,9 @@ class Monitor:
         self._measure()
 
     def _go_to(self, at: Any) -> None:
-        if isinstance(at, bool) or not isinstance(at, int) or at < 0:
+        if isinstance(at, bool) or not isinstance(at, numbers.Integral) or at < 0:
             raise InputError(f"at must be the number of optimizer steps so far, an integer >= 0; got {at!r}.")
-        self.steps = at
+        self.steps = at = int(at)
         if (self._table.last_step or 0) > at:  # the run went back, and takes these steps again
             self._table.forget_from(at + 1)
             self._shown = self._previous = None  # the space of a step that is dropped is no earlier one
@@ -372,7 +376,7 @@ class Monitor:
         with (
             preserved_randomness(device),
             torch.inference_mode(False),
-            torch.autocast(device.type, enabled=False),
+            without_autocast(),
             self._clock.running(device),
         ):
             row = {"step": self.steps} | self._values(raising)
@@ -382,9 +386,9 @@ class Monitor:
             self._shown = None
             if self._out is not None:
                 self._attempt(lambda: self._out.write(self._dataset()), f"write {self._out.path}")
-            numbers = dict(flat_values(row, self._table.layers)) if self._sinks else {}
+            values = dict(flat_values(row, self._table.layers)) if self._sinks else {}
             for sink in self._sinks:
-                self._attempt(lambda sink=sink: sink(self.steps, numbers), f"hand it to {_name(sink)}")
+                self._attempt(lambda sink=sink: sink(self.steps, values), f"hand it to {_name(sink)}")
 
     def _values(self, raising: bool) -> dict[str, Any]:
         """What was measured; or, of a network that cannot be measured now, why."""

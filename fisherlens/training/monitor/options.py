@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,13 +55,13 @@ def check_options(
     for name, (value, meaning) in meant.items():
         if name == "num_examples" and value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
             raise InputError(f"{name} must be an integer >= 1, {meaning}; got {value!r}.")
     check_damping(damping)
     for name, value, known in (("kind", kind, KINDS), ("option existing=", existing, EXISTING)):
         if value not in known:
             raise InputError(errors.UNKNOWN_NAME.format(what=name, name=value, hint=errors.nearest(str(value), known)))
-    number = isinstance(max_share, int | float) and not isinstance(max_share, bool)
+    number = isinstance(max_share, numbers.Real) and not isinstance(max_share, bool)
     if max_share is not None and not (number and 0 < max_share < 1):
         raise InputError(
             f"max_share must be a number between 0 and 1, a share of the wall time such as 0.05, or None; got {max_share!r}."

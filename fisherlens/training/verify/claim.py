@@ -20,7 +20,7 @@ stands, with a note. The level, and that seeds stand for the uncertainty, are ou
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -46,6 +46,37 @@ class Curve(NamedTuple):
     values: Any
     attrs: Mapping[str, str]
     coords: Mapping[str, Any] = {}
+
+
+def curves(
+    claim: str,
+    found: Sequence[Any],
+    texts: Mapping[str, str],
+    coords: Mapping[str, Any],
+    value: Callable[[Any, str], Any] = getattr,
+) -> dict[str, Curve]:
+    """Shares, cosines and the like of every seed as curves ``<claim>_<name>`` over seed and the dims of ``coords``, in their order.
+
+    Parameters
+    ----------
+    claim
+        Put before each name.
+    found
+        What each seed found.
+    texts
+        Name → what it is, in words.
+    coords
+        Dim → its labels, as in :class:`Curve`.
+    value
+        Takes what a seed found and a name, and gives the array over these dims.
+    """
+    dims = ("seed", *coords)
+    return {
+        f"{claim}_{name}": Curve(
+            dims, np.array([value(one, name) for one in found]), {"long_name": text, "units": "1"}, coords
+        )
+        for name, text in texts.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,9 @@ r"""Claim: segmentations rank in training as their condition numbers and decreas
 A block step of rate r contracts mode k of the quadratic model by \|1 - r μ_k\|, μ the eigenvalues of (F_b + λ)⁻¹(F + λ): about κ/2 steps per
 factor e at the best fixed rate, κ = μ_max/μ_min, and one step where the blocks are the whole. So the smaller κ, or the larger the decrease ratio, the
 sooner the block-wise optimizer should reach a target. Each optimizer is tuned over the same rates on a seed of its own, and then run on every seed.
+
+Parameters that a method has no statistics of (normalisation layers, those of modules of one's own) are in the matrix too, each divided by what the
+method divides it by: see ``treatment``.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from fisherlens.training.verify.blocks import Judgement, chosen, judge
 from fisherlens.training.verify.claim import Claim, Curve, Row, at_most, order
 from fisherlens.training.verify.movable import Movable, batches
 from fisherlens.training.verify.subject import Subject
+from fisherlens.training.verify.treatment import judge_treatments, treatment
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -65,7 +69,7 @@ def convergence(
     Returns
     -------
     Rows ``convergence/condition-number`` and ``/decrease-ratio``, rank correlations of predicted and measured order over the
-    segmentations, and ``/exact``, whether exact natural gradient (condition number 1) is as fast as the best of them. The target lies on the
+    segmentations, and ``/exact``, whether exact natural gradient (condition number 1 where it covers all) is as fast as the best of them. The target lies on the
     way, on a log scale, from the common start to the best loss of any run, per seed: half-way with mini-batches, whose noise limits what
     any can reach, nine tenths with all examples. Steps are whole ones; a run that does not reach it is extrapolated at its mean
     rate, and one that diverges ranks last. Curves ``convergence_condition_number``, ``_decrease_ratio``, ``_steps`` and ``_loss`` over
@@ -82,16 +86,16 @@ def convergence(
     size, way, clip = (batch_size, WAY, CLIP) if batch_size < count else (count, WHOLE_WAY, None)
     rates = np.geomspace(SLOWEST, FASTEST, first.budget.rates).tolist() if rates is None else list(rates)
     damping = float(np.mean([start.damping for start in starts]))  # an optimizer is the same on all seeds
-    told = [
-        _predict(start, [one[name] for name in names], size, damping) for start, one in zip(starts, parts, strict=True)
-    ]
     entries: dict[str, Any] = {FULL: partial(whole, start=first, damping=damping, kl_clip=clip)}
     entries |= {
         name: partial(blockwise, start=first, damping=damping, kl_clip=clip, part=parts[0][name]) for name in names
     }
+    told = [_predict(start, entries, one, size, damping) for start, one in zip(starts, parts, strict=True)]
     with warnings.catch_warnings():
-        # trials that are too fast, and best ones at the edge: the rows say it
-        warnings.filterwarnings("ignore", r"The best trial of|Every trial of|\d+ blocks of", NumericalWarning)
+        # trials that are too fast, best ones at the edge, parameters without statistics: the rows say it
+        warnings.filterwarnings(
+            "ignore", r"The best trial of|Every trial of|\d+ blocks of|\w+ does not precondition", NumericalWarning
+        )
         runs = compare_optimizers(
             first.problem,
             entries,
@@ -107,25 +111,30 @@ def convergence(
         raise KeyboardInterrupt
     first.tick("optimizers compared")
     reached = np.array([steps_to_target(runs.isel(seed=k), way) for k in range(len(subjects))])  # (seeds, entries)
-    kappa = np.array([[1.0, *(one.condition_number for one in row)] for row in told])
-    ratio = np.array([[1.0, *(one.decrease_ratio for one in row)] for row in told])
+    kappa = np.array([[one.condition_number for one in row] for row, _ in told])
+    ratio = np.array([[one.decrease_ratio for one in row] for row, _ in told])
     edge = ", ".join(str(name) for name in runs.optimizer.values[runs.at_edge.values])
     note = f"steps to {way:.0%} of the way to the best loss, {len(entries)} optimizers, {len(rates)} rates each"
     note += f"; the best rate of {edge} lies on the edge of those tried" if edge else ""
+    rest = (
+        f"; parameters without statistics: {told[0][1]}, each in predictions as the method treats it"
+        if told[0][1]
+        else ""
+    )
     rows: list[Row] = [
         order(
             "convergence/condition-number",
             "The larger the condition number of the preconditioned Fisher, the more steps its optimizer takes to the target.",
             list(zip(kappa[:, 1:], reached[:, 1:], strict=True)),
             RANKED,
-            note=note,
+            note=note + rest,
         ),
         order(
             "convergence/decrease-ratio",
             "The smaller the share of the natural step's decrease, the more steps its optimizer takes to the target.",
             list(zip(-ratio[:, 1:], reached[:, 1:], strict=True)),
             RANKED,
-            note=note,
+            note=note + rest,
         ),
         at_most(
             "convergence/exact",
@@ -133,17 +142,32 @@ def convergence(
             [(float(steps[1:].min()), float(steps[0])) for steps in reached],
             0.2,
             unit="steps",
-            note="predicted is the best of the block-wise ones",
+            note="predicted is the best of the block-wise ones" + rest,
         ),
     ]
     return Claim(tuple(rows), _curves(list(entries), kappa, ratio, reached, runs))
 
 
-def _predict(start: Subject, parts: Sequence[Partition], size: int, damping: float) -> list[Judgement]:
-    """What the Fisher of an optimizer's first batch says, in its own kind, or the user's operator in its place."""
-    network = Movable(start)
-    F = network.fisher(batches(start, size, 1, 51)[0], labels(start)[1], start.seed)
-    return judge(network.predictor(F), parts, F.gradient(), damping)
+def _predict(
+    start: Subject, entries: Mapping[str, Any], parts: Mapping[str, Partition], size: int, damping: float
+) -> tuple[list[Judgement], str]:
+    """What the Fisher of an optimizer's first batch says of each entry, in its own kind, or the user's operator in its place; and what no method covers."""
+    network, batch = Movable(start), batches(start, size, 1, 51)[0]
+    F = network.fisher(batch, labels(start)[1], start.seed)
+    predictor, g = network.predictor(F), F.gradient()
+    makes = {name: partial(make, start=start, kl_clip=None) for name, make in entries.items()}
+    exact = treatment(start, makes.pop(FULL), None, batch)
+    if exact is None:  # every method covers the same layers
+        return [Judgement(1.0, 1.0, 1.0), *judge(predictor, [parts[name] for name in makes], g, damping)], ""
+    treated = [exact, *(treatment(start, make, parts[name], batch) for name, make in makes.items())]
+    covered = {layer.name for layer in exact.covered}
+    left = [name for name in start.layout.layer_names if name not in covered]
+    share = 1 - float(exact.inside.double().mean())
+    return judge_treatments(predictor, treated, g, damping), f"{_named(left)} ({share:.1%} of all)"
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more layers" if len(names) > 3 else "")
 
 
 def labels(start: Subject) -> tuple[str, str]:

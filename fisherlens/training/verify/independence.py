@@ -11,7 +11,8 @@ exact one, over the length of the exact one, is predicted as √(1 - η) and mea
 
 Predictions know the batch and its damped matrix; the divergence is that on the claim's data, which the optimizer has not chosen its step for.
 
-The steps are those of :class:`fisherlens.optim.NGD` and of :class:`fisherlens.optim.CWNGD` on that partition, momentum, averages and clipping off.
+The steps are those of :class:`fisherlens.optim.NGD` and of :class:`fisherlens.optim.CWNGD` on that partition, momentum, averages and clipping off, if these had
+statistics of every parameter: here the blocks of normalisation layers and of modules of one's own are natural-gradient blocks too.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fisherlens.fisher import Fisher
 from fisherlens.partitions import Partition
 from fisherlens.training.base import Pair
 from fisherlens.training.verify.blocks import chosen, judge, quality
-from fisherlens.training.verify.claim import Claim, Curve, Row, equal, order
+from fisherlens.training.verify.claim import Claim, Row, curves, equal, order
 from fisherlens.training.verify.movable import Movable, batches, curvature
 from fisherlens.training.verify.subject import Subject
 
@@ -40,6 +41,12 @@ RANKED = 0.7
 _STEPS = {"quick": 6, "full": 30}
 _MOST_ROWS = 1200  # score rows of a batch: each step factors a matrix of this order
 _SAME = 1e-6  # shares of the way that are this near to 1 are 1
+_CURVES = {
+    "predicted": "decrease ratio of the segmentation",
+    "cosine": "cosine to the exact natural gradient",
+    "shared": "share of the exact step's way that the block step has in common with it",
+    "apart": "divergence of the block run from the exact one, over that of the exact one from its start",
+}
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,12 @@ def independence(
                 RANKED,
             )
         )
-    return Claim(tuple(rows), _curves(names, found))
+    steps = {"long_name": "optimizer steps", "units": "1"}
+    coords = {
+        "independence_segmentation": list(names),
+        "independence_step": ("independence_step", np.arange(1, found[0].shared.shape[1] + 1), steps),
+    }
+    return Claim(tuple(rows), curves("independence", found, _CURVES, coords))
 
 
 def _batch_size(subject: Subject) -> int:
@@ -177,26 +189,3 @@ def _step_at(
     F = network.put(theta).fisher(batch, kind, seed)
     g = F.gradient()
     return _block_step(F, part, g, g, damping)[0]
-
-
-def _curves(names: Sequence[str], found: Sequence[Departure]) -> dict[str, Curve]:
-    steps = {"long_name": "optimizer steps", "units": "1"}
-    coords = {
-        "independence_segmentation": list(names),
-        "independence_step": ("independence_step", np.arange(1, found[0].shared.shape[1] + 1), steps),
-    }
-    texts = {
-        "predicted": "decrease ratio of the segmentation",
-        "cosine": "cosine to the exact natural gradient",
-        "shared": "share of the exact step's way that the block step has in common with it",
-        "apart": "divergence of the block run from the exact one, over that of the exact one from its start",
-    }
-    return {
-        f"independence_{name}": Curve(
-            ("seed", "independence_segmentation", "independence_step"),
-            np.array([getattr(one, name) for one in found]),
-            {"long_name": text, "units": "1"},
-            coords,
-        )
-        for name, text in texts.items()
-    }

@@ -34,6 +34,11 @@ class Movable:
         """The parameters now, flat ``(P,)``, a copy."""
         return torch.cat([p.detach().reshape(-1) for p in self._parameters])
 
+    def gradient(self) -> Tensor:
+        """The gradients that the last backward pass left, flat ``(P,)``, zero where it left none."""
+        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
+        return torch.cat([grad.reshape(-1) for grad in found])
+
     def put(self, theta: Tensor) -> Movable:
         """Stand at θ."""
         if not torch.isfinite(theta).all():
@@ -90,10 +95,10 @@ def batches(subject: Subject, size: int, count: int, purpose: int) -> list[Pair]
     x, y = subject.problem.train
     found: list[Tensor] = []
     if size >= len(x):
-        found = [torch.arange(len(x))] * count
+        found = [torch.arange(len(x), device="cpu")] * count
     generator = subject.generator(purpose)
     while len(found) < count:
-        found += torch.randperm(len(x), generator=generator)[: len(x) // size * size].split(size)
+        found += torch.randperm(len(x), generator=generator, device="cpu")[: len(x) // size * size].split(size)
     like = subject.theta
 
     def taken(part: Tensor, at: Tensor) -> Tensor:

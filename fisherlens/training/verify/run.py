@@ -13,11 +13,12 @@ import torch
 
 from fisherlens import errors
 from fisherlens._progress import progress as progress_bar
-from fisherlens.errors import FisherLensError, InputError, NumericalWarning
+from fisherlens.errors import FisherLensError, InputError, NumericalWarning, user_level
 from fisherlens.fisher import check_damping
+from fisherlens.linalg.precision import own_precision
 from fisherlens.scores import KINDS
-from fisherlens.training.base import Problem, check_count, check_seeds
-from fisherlens.training.devices import check_device
+from fisherlens.training.base import Problem, check_count, check_seeds, trainable
+from fisherlens.training.devices import find_device
 from fisherlens.training.problems import problem as problem_by_name
 from fisherlens.training.record import describe
 from fisherlens.training.verify.claim import Claim, Curve, Row
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
 ClaimFunction = Callable[[Sequence[Subject]], Claim | Iterable[Row]]
 
 _CLAIMS = ("metric", "stability", "one_step", "convergence", "independence", "information", "sharing")
+_CANNOT = (
+    FisherLensError,
+    MemoryError,
+    torch.OutOfMemoryError,
+)  # what keeps one claim from being checked, and not the others
 _TEXTS = ("statement", "relation", "unit", "note")
 _NUMBERS: dict[str, tuple[str, str]] = {
     "predicted": ("what the analysis predicts, mean over seeds", "as in unit"),
@@ -68,6 +74,8 @@ class _Lazy(Mapping[str, ClaimFunction]):
 CLAIMS: Mapping[str, ClaimFunction] = _Lazy()
 
 
+@own_precision
+@trainable()
 def verify(
     problem: Problem | str,
     claims: str | Sequence[str] | None = None,
@@ -119,7 +127,7 @@ def verify(
     damping
         λ in nat where a claim needs one; None for a hundredth of the largest eigenvalue of F (our choice).
     device
-        Where to compute; None leaves networks where the problem puts them.
+        Where to compute, ``"auto"`` for CUDA where there is one; None leaves networks where the problem puts them.
     progress
         True draws a progress bar, None only in a terminal.
 
@@ -157,14 +165,13 @@ def verify(
     for what, value, known in (("preset", preset, BUDGETS), ("kind", kind, KINDS)):
         if value not in known:
             raise InputError(errors.UNKNOWN_NAME.format(what=what, name=value, hint=errors.nearest(value, known)))
-    if num_examples is not None:
-        check_count(num_examples, "num_examples")
+    num_examples = None if num_examples is None else check_count(num_examples, "num_examples")
     if damping is not None:
         damping = check_damping(damping)
-    device = None if device is None else check_device(device)
+    where = find_device(device)
 
     found: dict[str, Claim] = {}
-    skipped: dict[str, FisherLensError] = {}
+    skipped: dict[str, Exception] = {}
     interrupted = False
     with progress_bar(len(names), desc="Verify", enabled=progress) as bar:
         subjects = [
@@ -176,7 +183,7 @@ def verify(
                 operator=operator,
                 preset=preset,
                 damping=damping,
-                device=device,
+                device=where,
                 tick=lambda words: bar.set_postfix_str(words),
             )
             for seed in chosen_seeds
@@ -192,7 +199,7 @@ def verify(
                     raise
                 interrupted = True
                 break
-            except FisherLensError as error:
+            except _CANNOT as error:
                 skipped[name] = error
             else:
                 found[name] = _only(answer, rows)
@@ -200,7 +207,7 @@ def verify(
     if not found:
         raise next(iter(skipped.values()))
     for name, error in skipped.items():
-        warnings.warn(f"The claim {name!r} was not checked: {error}", NumericalWarning, stacklevel=2)
+        warnings.warn(f"The claim {name!r} was not checked: {error}", NumericalWarning, stacklevel=user_level())
     return _dataset(found, subjects, skipped, interrupted)
 
 
@@ -240,7 +247,7 @@ def _seeds(seeds: int | Sequence[int]) -> list[int]:
 def _dataset(
     found: Mapping[str, Claim],
     subjects: Sequence[Subject],
-    skipped: Mapping[str, FisherLensError],
+    skipped: Mapping[str, Exception],
     interrupted: bool,
 ) -> xr.Dataset:
     from fisherlens.results import make_dataset

@@ -12,6 +12,7 @@ cosine of the two directions, beside that of directions which differ in the batc
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +20,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from fisherlens.errors import NumericalWarning
 from fisherlens.fisher import Fisher
 from fisherlens.optim import FNGD, TENGraD
 from fisherlens.training.base import Pair
-from fisherlens.training.verify.claim import Claim, Curve, Row, equal, order
+from fisherlens.training.verify.claim import Claim, Row, curves, equal, order
 from fisherlens.training.verify.movable import Movable, batches, curvature
 from fisherlens.training.verify.subject import Subject
 
@@ -38,6 +40,13 @@ _AGES = {
 _EPOCH = {"quick": 8, "full": 32}  # first steps of FNGD, in which it averages
 FRACTION = 0.3  # of the best length: a quadratic model is trusted that far, and the ratio that it predicts is the same for every fraction
 _MOST_ROWS = 3000  # Gram matrices above this order are not compared
+_CURVES = {
+    "predicted": "predicted decrease, stale over fresh",
+    "measured": "measured decrease, stale over fresh",
+    "cosine": "cosine of the stale and the fresh direction",
+    "other_batch": "cosine of fresh directions with two batches' rows",
+    "gram": "relative change of the Gram matrix",
+}
 
 Make = Callable[[Movable], Any]
 
@@ -83,7 +92,10 @@ def sharing(
     for subject in subjects:
         start = subject.initial
         size = start.problem.batch_size if batch_size is None else batch_size
-        found.append({"tengrad": _tengrad(start, when, size, rate), "fngd": _fngd(start, when, size, rate)})
+        with warnings.catch_warnings():
+            # parameters without statistics are part of both directions, stale and fresh
+            warnings.filterwarnings("ignore", r"\w+ does not precondition", NumericalWarning)
+            found.append({"tengrad": _tengrad(start, when, size, rate), "fngd": _fngd(start, when, size, rate)})
         subject.tick("shared statistics followed")
     rows: list[Row] = []
     for method, words in (
@@ -122,7 +134,9 @@ def sharing(
                 RANKED,
             )
         )
-    return Claim(tuple(rows), _curves(when, found))
+    ages_in_steps = {"long_name": "steps since the statistics were taken", "units": "1"}
+    coords = {"sharing_method": list(METHODS), "sharing_age": ("sharing_age", list(when), ages_in_steps)}
+    return Claim(tuple(rows), curves("sharing", found, _CURVES, coords, _of_methods))
 
 
 def _tengrad(start: Subject, ages: Sequence[int], size: int, rate: float) -> Drift:
@@ -233,33 +247,11 @@ class _Seen:
         return promised, drop if math.isfinite(drop) else math.nan
 
 
+def _of_methods(one: dict[str, Drift], name: str) -> np.ndarray:
+    """What the methods show of something, ``(methods, ages)``."""
+    return np.array([getattr(one[method], name) for method in METHODS])
+
+
 def _cosine(a: Tensor, b: Tensor) -> float:
     scale = float(a.norm() * b.norm())
     return float(a @ b) / scale if scale else math.nan
-
-
-def _curves(ages: Sequence[int], found: Sequence[dict[str, Drift]]) -> dict[str, Curve]:
-    coords = {
-        "sharing_method": list(METHODS),
-        "sharing_age": (
-            "sharing_age",
-            list(ages),
-            {"long_name": "steps since the statistics were taken", "units": "1"},
-        ),
-    }
-    texts = {
-        "predicted": "predicted decrease, stale over fresh",
-        "measured": "measured decrease, stale over fresh",
-        "cosine": "cosine of the stale and the fresh direction",
-        "other_batch": "cosine of fresh directions with two batches' rows",
-        "gram": "relative change of the Gram matrix",
-    }
-    return {
-        f"sharing_{name}": Curve(
-            ("seed", "sharing_method", "sharing_age"),
-            np.array([[getattr(one[method], name) for method in METHODS] for one in found]),
-            {"long_name": text, "units": "1"},
-            coords,
-        )
-        for name, text in texts.items()
-    }
