@@ -22,6 +22,7 @@ import fisherlens as fl
 from fisherlens.errors import InputError, NumericalWarning
 from fisherlens.fisher import DampedFisher
 from fisherlens.fisher.solve import Solver
+from fisherlens.linalg import precision
 from fisherlens.linalg.precision import OwnPrecision, own_precision, without_autocast
 from fisherlens.scores import ScoreMatrix
 from fisherlens.scores.base import LayerScores
@@ -211,6 +212,20 @@ def test_guards_nest_and_give_autocast_back():
         with pytest.raises(InputError):
             fl.spectrum(Sample("dense").F, by="no such scheme")
         assert torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "xpu", "mps", "hpu", "xla"])
+def test_autocast_of_every_kind_of_device_is_seen(kind, quick, monkeypatch):
+    seen = own_precision(lambda: torch.is_autocast_enabled(kind))
+    if not quick:
+        monkeypatch.setattr(precision, "_quick", None)  # as where torch has no such function
+    torch.set_autocast_enabled(kind, True)
+    try:
+        assert not seen()
+        assert torch.is_autocast_enabled(kind)
+    finally:
+        torch.set_autocast_enabled(kind, False)
 
 
 def test_bfloat16_products_of_a_process_are_lifted_while_anybody_is_inside():
