@@ -220,6 +220,11 @@ class LayerScores(OwnPrecision, ABC):
         return list(torch.arange(self.size, device=self.device).split(step))
 
 
+def largest_entry(tensor: Tensor) -> float:
+    """The largest |x|, without a copy of the size of the tensor."""
+    return torch.linalg.vector_norm(tensor, ord=float("inf")).item()
+
+
 class Columns(Protocol):
     """Anything with explicit columns."""
 

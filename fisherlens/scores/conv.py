@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from fisherlens.layout import LayerInfo
 from fisherlens.linalg.memory import Workspace
-from fisherlens.scores.base import LayerScores
+from fisherlens.scores.base import LayerScores, largest_entry
 
 # Bytes of signals at a convolution's outputs for vectors that are taken together, and the fewest such vectors (measured: all of
 # 256 vectors at once are twice as slow; above 4 MiB fresh pages cost what fewer calls gain).
@@ -134,7 +134,7 @@ class ConvScores(LayerScores):
         self.width = self.t * self.d_o
 
     def largest(self) -> float:
-        return self.t * self.g.abs().max().item() * max(1.0, self.x.abs().max().item())
+        return self.t * largest_entry(self.g) * max(1.0, largest_entry(self.x))
 
     def part(self, at: slice) -> ConvScores:
         g = self.g[at]

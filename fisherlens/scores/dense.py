@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fisherlens.layout import LayerInfo
 from fisherlens.linalg.dense import mirror, self_gram
-from fisherlens.scores.base import CHUNK_BYTES, LayerScores
+from fisherlens.scores.base import CHUNK_BYTES, LayerScores, largest_entry
 
 # Bytes of signals between the two halves of a product that stay in a core's caches (our choice; 4 to 16 MiB measured alike).
 _CACHED = 8 * 2**20
@@ -44,7 +44,7 @@ class DenseScores(LayerScores):
         self.width = self.t * self.d_o
 
     def largest(self) -> float:
-        return self.t * self.g.abs().max().item() * max(1.0 if self.layer.bias else 0.0, self.a.abs().max().item())
+        return self.t * largest_entry(self.g) * max(1.0 if self.layer.bias else 0.0, largest_entry(self.a))
 
     def part(self, at: slice) -> DenseScores:
         return DenseScores(self.layer, self.a[at], self.g[at])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherlens.layout import LayerInfo
-from fisherlens.scores.base import CHUNK_BYTES, LayerScores
+from fisherlens.scores.base import CHUNK_BYTES, LayerScores, largest_entry
 
 
 def embedding_rows(module: nn.Embedding, index: Tensor, g: Tensor) -> list[Tensor]:
@@ -52,7 +52,7 @@ class EmbeddingScores(LayerScores):
         self.dtype, self.device = outputs.dtype, outputs.device
 
     def largest(self) -> float:
-        return self.t * self.g.abs().max().item()
+        return self.t * largest_entry(self.g)
 
     def part(self, at: slice) -> EmbeddingScores:
         return EmbeddingScores(self.layer, self.index[at], self.g[at])

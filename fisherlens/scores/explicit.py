@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fisherlens.layout import LayerInfo
 from fisherlens.linalg.dense import add_self_gram
-from fisherlens.scores.base import LayerScores
+from fisherlens.scores.base import LayerScores, largest_entry
 
 _ROWS = 64
 
@@ -33,7 +33,7 @@ class ExplicitScores(LayerScores):
         self.slices = [slice(stop - piece.shape[1], stop) for stop, piece in zip(stops, pieces, strict=True)]
 
     def largest(self) -> float:
-        return max((torch.linalg.vector_norm(piece, ord=float("inf")).item() for piece in self.pieces), default=0.0)
+        return max((largest_entry(piece) for piece in self.pieces), default=0.0)
 
     def part(self, at: slice) -> ExplicitScores:
         rows = slice(at.start * self.r, at.stop * self.r)
