@@ -225,7 +225,14 @@ def test_what_increments_leave_to_come():
         assert all(rest >= q**k * (1 - 1e-6) for k, rest in enumerate(left) if k > 1), q
         assert left[-1] == pytest.approx(max(9 * (1 - q) / q, 1) * q**11, rel=1e-6)
     watch = Settling()
-    assert [watch.rest(float(k)) for k in range(5)] == [np.inf] * 5  # a value that goes on growing is not believed
+    left = [watch.rest(float(k)) for k in range(5)]
+    assert left == [
+        np.inf,
+        np.inf,
+        30,
+        40,
+        50,
+    ]  # a value that goes on growing is not believed, unless by next to nothing
 
 
 @pytest.mark.parametrize("spectrum", ["crowded", "even", "gap"])
@@ -320,11 +327,11 @@ def test_what_layers_hand_on_and_what_a_budget_ends():
     x, y = (torch.ones(layer.size, dtype=torch.float64) for layer in (first, second))
     leads, key = Leads(1e9), ("unit", 0.1)
     leads.note_low(key, first.name, 4.0, x)
-    leads.note_high(key, torch.tensor([3.0, 4.0]))
+    leads.note_high(key, 9.0, torch.tensor([3.0, 4.0]))
     assert leads.low(key, F) is None  # of one layer alone: the whole has a better start
     assert leads.high(key) is None
     leads.note_low(key, second.name, 2.0, y)
-    leads.note_high(key, torch.tensor([-6.0, -8.0]))
+    leads.note_high(key, 4.0, torch.tensor([-6.0, -8.0]))
     low = leads.low(key, F)
     assert not low[second.stop :].any()
     sides = torch.zeros(F.n_params, 2, dtype=torch.float64)
@@ -335,7 +342,9 @@ def test_what_layers_hand_on_and_what_a_budget_ends():
     best = torch.linalg.eigvals(torch.linalg.solve(a, m)).real.max()
     assert quotient / (low @ F.dense() @ low + key[1] * low @ low) == pytest.approx(best.item(), rel=1e-10)
     assert best >= 4  # no worse than the better of the two alone
-    assert torch.allclose(leads.high(key), torch.tensor([0.6, 0.8]))  # signs are made to agree
+    assert torch.allclose(leads.high(key).abs(), torch.tensor([0.6, 0.8]))  # signs are made to agree
+    leads.note_high(key, 25.0, torch.tensor([4.0, -3.0]))
+    assert torch.allclose(leads.high(key).abs(), torch.tensor([0.8, 0.6]))  # 25 against 13
     assert leads.high(("unit", 0.2)) is None
     poor = Leads(8 * first.size)
     poor.note_low(key, first.name, 4.0, x)
@@ -350,31 +359,48 @@ def test_what_layers_hand_on_and_what_a_budget_ends():
     assert trail.vector(1, [1.0]) is None
 
 
-def test_the_whole_begins_where_its_layers_ended(monkeypatch):
-    """The start for the smallest μ of the whole is not far from the vector it looks for, and both values are those of dense matrices."""
-    for module in ("conditioning", "segmentations"):
-        monkeypatch.setattr(sys.modules[f"fisherlens.independence.{module}"], "DENSE_ORDER", 20)
-    handed = []
-
-    class Spy(Leads):
-        def low(self, key, F):
-            handed.append(super().low(key, F))
-            return handed[-1]
-
-    monkeypatch.setattr(sys.modules["fisherlens.independence.table"], "Leads", Spy)
+@pytest.mark.parametrize("scheme", ["unit", "cw-ngd", "mbf", "diagonal", "sequential"])
+def test_starts_lie_near_the_ends(scheme, monkeypatch):
+    """What a few columns and a few blocks tell is not far from the ends of the spectrum, and both values are those of dense matrices."""
+    conditioning, options = (sys.modules[f"fisherlens.independence.{name}"] for name in ("conditioning", "options"))
+    for module in (conditioning, sys.modules["fisherlens.independence.segmentations"]):
+        monkeypatch.setattr(module, "DENSE_ORDER", 20)
+    for module in (options, sys.modules["fisherlens.independence.starts"]):
+        monkeypatch.setattr(module, "SMALL", 20)
+    lows, highs = [], []
+    low, common = conditioning.low_start, conditioning.common_start
+    monkeypatch.setattr(
+        conditioning, "low_start", lambda target, *rest: lows.append((target.name, low(target, *rest))) or lows[-1][1]
+    )
+    monkeypatch.setattr(
+        conditioning,
+        "common_start",
+        lambda target, damping: highs.append((target.name, common(target, damping))) or highs[-1][1],
+    )
     F = wide(True)
-    exact = F.dense()
-    cut = reference.block_diagonal(exact, list(fl.partition(F, "unit").blocks))
-    found = fl.independence(F, ["unit"], damping=LAMBDA, tol=1e-6).isel(partition=0)
+    parts = fl.partition(F, scheme, **({"size": 9} if scheme == "sequential" else {}))
+    exact, eye = F.dense(), LAMBDA * torch.eye(F.n_params, dtype=torch.float64)
+    cut = reference.block_diagonal(exact, list(parts.blocks))
+    found = fl.independence(F, [parts], damping=LAMBDA).isel(partition=0)
     mu = reference.preconditioned_spectrum(exact, cut, LAMBDA)
-    assert found["mu_min"].sel(layer="all").item() == pytest.approx(mu[-1].item(), rel=1e-6)
-    assert found["mu_max"].sel(layer="all").item() == pytest.approx(mu[0].item(), rel=1e-6)
-    (x,) = handed
-    quotient = (x @ cut @ x + LAMBDA * x @ x) / (x @ exact @ x + LAMBDA * x @ x)
-    alone = [found["mu_min"].sel(layer=layer).item() for layer in F.layout.layer_names]
-    assert quotient > (1 - 1e-6) / min(alone)  # no worse than the best layer's alone
-    assert quotient > 0.5 / mu[-1]
-    assert quotient <= (1 + 1e-9) / mu[-1]
+    assert found["mu_min"].sel(layer="all").item() == pytest.approx(mu[-1].item(), rel=5e-3)
+    assert found["mu_max"].sel(layer="all").item() == pytest.approx(mu[0].item(), rel=5e-3)
+    assert len(lows) >= 3
+    for name, r in lows:
+        if r is None:  # fewer parameters than rows
+            continue
+        at = slice(None) if name == "all" else slice(F.layout.layer(name).start, F.layout.layer(name).stop)
+        x = torch.linalg.solve((exact + eye)[at, at], r)
+        quotient = (x @ (cut + eye)[at, at] @ x) / (x @ (exact + eye)[at, at] @ x)
+        assert quotient > 0.7 / found["mu_min"].sel(layer=name).item(), name
+    met = 0
+    for name, r in highs:
+        if r is not None:
+            at, met = slice(F.layout.layer(name).start, F.layout.layer(name).stop), met + 1
+            x = torch.linalg.solve((cut + eye)[at, at], r)
+            quotient = (x @ (exact + eye)[at, at] @ x) / (x @ (cut + eye)[at, at] @ x)
+            assert quotient > 0.7 * found["mu_max"].sel(layer=name).item(), name
+    assert met >= 1
 
 
 @pytest.mark.parametrize("scheme", ["layer", "unit", "cw-ngd", "mbf", "diagonal"])

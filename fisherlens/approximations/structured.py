@@ -63,6 +63,13 @@ class UnitBlocks(RowBlocks):
         """X, ``(d_o, n, d_i + 1)``; formed anew."""
         return self.lengths[:, :, None] * self.inputs
 
+    def vectors_of(self, some: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
+        """X_oᵀ y of some units for y ``(b, n, j)``, each of length 1, ``(b, d_i + 1, j)``, and U times these, ``(rows, b j)``."""
+        vectors = self.inputs.T @ (self.lengths[some, :, None] * turn)
+        vectors = torch.nn.functional.normalize(vectors, dim=1)
+        z = (self.inputs @ vectors).permute(1, 0, 2)[:, None] * self._scores.g[:, :, 0, some, None]  # (n, r, b, j)
+        return vectors, z.reshape(self._scores.rows, -1)
+
     @property
     def storage_entries(self) -> int:
         return self.inputs.numel() + self.lengths.numel() + self.gram.numel()
@@ -222,8 +229,8 @@ class InputBlocks(MomentBlocks):
 
     def solve(self, v: Tensor, damping: float, out: Tensor) -> None:
         known = self._logs is not None and self._logs[0] == damping
-        if known and self._last is not None and torch.equal(self._last[0], v):
-            out.copy_(self._last[1])  # a layer's question again, of the whole network
+        if known and self._last is not None and torch.equal(self._last[0][:, : v.shape[1]], v):
+            out.copy_(self._last[1][:, : v.shape[1]])  # a layer's question again, of the whole network
         elif known or not self.inverts:
             super().solve(v, damping, out)  # a second solve pays for what is kept
         else:

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fisherlens.approximations import BlockDiagonal
 from fisherlens.independence.by_layers import has_room, layer_extremes
 from fisherlens.independence.leads import Trail, unit
 from fisherlens.independence.options import run_options
 from fisherlens.independence.standin import StandIn
+from fisherlens.independence.starts import common_start, is_layer, low_start
 from fisherlens.independence.target import Target
 from fisherlens.linalg.pencil import (
     DENSE_ORDER,
@@ -41,7 +43,7 @@ _VECTORS = 12
 # not found late; with the Gram matrix of F for μ_max, where F is large (our choice).
 _PREPARED_LOW, _PREPARED_HIGH = 4, 1
 # Share of a random vector in a start that is held to be good; it makes the start complete (our choice).
-_RANDOM = 0.1
+_RANDOM, _RANDOM_PREPARED = 0.1, 0.03
 
 
 @dataclass(frozen=True)
@@ -79,17 +81,22 @@ def extreme_ratios(target: Target, stand_ins: Sequence[StandIn], damping: float)
 
 
 def _by_lanczos(target: Target, stand_ins: Sequence[StandIn], damping: float) -> list[Ratios]:
-    options = run_options(target.options, target.F.n_params)
+    size = target.F.n_params
     forward, backward = _starts(target, stand_ins, damping)
     if target.exact:
-        pairs = zip(stand_ins, forward, strict=True)
-        runs: list[Run] = [
-            (preconditioned_run if stand_in.preconditions else lanczos_run)(start, **options)
-            for stand_in, start in pairs
-        ]
-        runs += [lanczos_run(start, **options) for start in backward]
+        runs: list[Run] = []
+        for stand_in, start in zip(stand_ins, forward, strict=True):
+            own = run_options(target.options, size, prepared=start.prepared)
+            if stand_in.preconditions:
+                solved = target.solved.pop((stand_in.name, damping), None)
+                runs.append(preconditioned_run(start.vector, solved=solved, **own))
+            else:
+                runs.append(lanczos_run(start.vector, **own))
+        for start in backward:
+            runs.append(lanczos_run(start.vector, **run_options(target.options, size, prepared=start.prepared)))
     else:  # no solves with F: both ends from products with it
-        runs = [lanczos_run(start, ends=("smallest", "largest"), **options) for start in forward]
+        options = run_options(target.options, size)
+        runs = [lanczos_run(start.vector, ends=("smallest", "largest"), **options) for start in forward]
     answers = _Answers(target, stand_ins, damping)
     found = serve(runs, answers)
     out = []
@@ -118,44 +125,71 @@ def _trouble(end: Extreme, what: str, target: Target, stand_in: StandIn) -> str:
     )
 
 
-def _starts(target: Target, stand_ins: Sequence[StandIn], damping: float) -> tuple[list[Tensor], list[Tensor]]:
+@dataclass(frozen=True)
+class _Start:
+    """A vector, and whether it lies near the end that is looked for."""
+
+    vector: Tensor
+    prepared: bool = False
+
+    def complete(self, random: Tensor) -> _Start:
+        """With a random part."""
+        share = _RANDOM_PREPARED if self.prepared else _RANDOM
+        return _Start(torch.add(self.vector, random, alpha=share), self.prepared)
+
+
+def _starts(target: Target, stand_ins: Sequence[StandIn], damping: float) -> tuple[list[_Start], list[_Start]]:
     """Start vectors for μ_max, in the row space of F, and for μ_min, where F̂ is large; a random part makes both complete."""
     F = target.F
     probes = Probes(F.n_params, F.dtype, F.device, target.options.seed)
     random = unit(probes.gaussian(1)[:, 0])
     kept = not (F.plan.streamed or F.plan.linearised)
     if not kept:
-        forward = [unit(F._product(random[:, None])[:, 0]) + _RANDOM * random] * len(stand_ins)
+        forward = [_Start(unit(F._product(random[:, None])[:, 0]) + _RANDOM * random)] * len(stand_ins)
     else:
-        forward = [x + _RANDOM * random for x in _spread(target, stand_ins, damping)]
+        forward = [start.complete(random) for start in _spread(target, stand_ins, damping)]
     backward = []
     for stand_in in stand_ins if target.exact else ():
-        known = target.leads.low((stand_in.name, damping), F) if kept and not is_layer(target) else None
-        v, steps = (random, _PREPARED_LOW) if known is None else (known, 1)
-        for _ in range(steps):
-            v = unit(stand_in.product(v[:, None], damping)[:, 0])
-        backward.append(v + _RANDOM * random)
+        found = _near_lowest(target, stand_in, damping) if kept else None
+        prepared = found is not None
+        if found is None:
+            found = random
+            for _ in range(_PREPARED_LOW):
+                found = unit(stand_in.product(found[:, None], damping)[:, 0])
+        backward.append(_Start(found, prepared).complete(random))
     return forward, backward
 
 
-def _spread(target: Target, stand_ins: Sequence[StandIn], damping: float) -> list[Tensor]:
-    """Uᵀy for each stand-in: y is the sum of what the layers before have found, or random where there were none."""
+def _near_lowest(target: Target, stand_in: StandIn, damping: float) -> Tensor | None:
+    """What (F + λ)⁻¹ takes to a vector near that of μ_min: in a layer from its largest blocks, in the network from what the layers found."""
+    found = low_start(target, stand_in, damping)
+    if found is not None or is_layer(target):
+        return found
+    known = target.leads.low((stand_in.name, damping), target.F)
+    return None if known is None else unit(stand_in.product(known[:, None], damping)[:, 0])
+
+
+def _spread(target: Target, stand_ins: Sequence[StandIn], damping: float) -> list[_Start]:
+    """Uᵀy for each stand-in: y is the sum of what the layers before have found, or what a few columns of a layer tell."""
+    common = common_start(target, damping)
+    if common is not None:
+        return [_Start(common, True)] * len(stand_ins)
+    known = [None if is_layer(target) else target.leads.high((stand_in.name, damping)) for stand_in in stand_ins]
+    different = {k: lead for k, lead in enumerate(known) if lead is not None}
+    rest = [_largest_of_gram(target)] if len(different) < len(stand_ins) else []
+    spread = target.F.scores.rmatmat(torch.stack([*rest, *different.values()]).T).T
+    own = {k: _Start(unit(x), True) for k, x in zip(different, spread[len(rest) :], strict=True)}
+    return [own[k] if k in own else _Start(unit(spread[0])) for k in range(len(stand_ins))]
+
+
+def _largest_of_gram(target: Target) -> Tensor:
+    """A random y where the Gram matrix is large, ``(rows,)``."""
     F = target.F
     y = unit(Probes(F.scores.rows, F.dtype, F.device, target.options.seed + 1).gaussian(1)[:, 0])
     if target.exact and not F.solver.dense_side:
         for _ in range(_PREPARED_HIGH):
             y = unit(sum(F.scores.layer_gram(layer.name) @ y for layer in F.layout.layers))
-    known = [None if is_layer(target) else target.leads.high((stand_in.name, damping)) for stand_in in stand_ins]
-    different = {k: lead for k, lead in enumerate(known) if lead is not None}
-    spread = F.scores.rmatmat(torch.stack([y, *different.values()]).T).T
-    own = {k: unit(x) for k, x in zip(different, spread[1:], strict=True)}
-    common = unit(spread[0])
-    return [own.get(k, common) for k in range(len(stand_ins))]
-
-
-def is_layer(target: Target) -> bool:
-    """Whether leads come from this target rather than go to it."""
-    return len(target.F.layout.layers) == 1
+    return y
 
 
 class _Answers:
@@ -165,7 +199,9 @@ class _Answers:
         self.target, self.stand_ins, self.damping = target, stand_ins, damping
         small = target.F.scores.rows < target.F.n_params
         self._along = Trail(len(stand_ins), target.F.memory / 8) if is_layer(target) and small else None
-        self._asked = Trail(len(stand_ins), target.F.memory / 8) if is_layer(target) else None
+        # of blocks the whole knows where they are large
+        others = any(type(stand_in.matrix) is not BlockDiagonal for stand_in in stand_ins)
+        self._asked = Trail(len(stand_ins), target.F.memory / 8) if is_layer(target) and others else None
 
     def __call__(self, questions: list[Question]) -> list[Tensor | None]:
         count = len(self.stand_ins)
@@ -178,7 +214,9 @@ class _Answers:
             ]
         products = [v for _, kind, v in questions if kind == PRODUCT]
         solves = [v for _, kind, v in questions if kind == SOLVE]
-        both = torch.stack([*products, *solves]).T  # each vector contiguous
+        F = self.target.F
+        room = F.scores.workspace.empty((len(questions), F.n_params), F.dtype, F.device)
+        both = torch.stack([*products, *solves], out=room).T  # each vector contiguous
         images, solutions, along = self.target.products_and_solves(both, len(products), self.damping)
         if along is not None and self._along is not None:
             asked = (k for k, kind, _ in questions if kind == PRODUCT)
@@ -205,7 +243,7 @@ class _Answers:
         if self._along is not None and high.weights is not None:
             y = self._along.vector(which, high.weights)
             if y is not None:
-                target.leads.note_high(key, y)
+                target.leads.note_high(key, high.value, y)
         if self._asked is not None and inverse.weights is not None:
             x = self._asked.vector(which, inverse.weights)
             if x is not None:

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fisherlens.errors import MemoryBudgetError
 from fisherlens.independence.conditioning import extreme_ratios
 from fisherlens.independence.divergence import trace_excess
 from fisherlens.independence.standin import StandIn
+from fisherlens.independence.starts import common_start
 from fisherlens.independence.target import Target, Value
 
 #: variables that depend on the damping: long name and units
@@ -45,7 +47,7 @@ def judge(target: Target, stand_ins: Sequence[StandIn], damping: float, note: No
 
 def _judged(target: Target, stand_ins: Sequence[StandIn], damping: float, note: Note) -> list[dict[str, float]]:
     exact, g = target.step(damping), target.gradient
-    steps = torch.stack([stand_in.solve(g[:, None], damping)[:, 0] for stand_in in stand_ins]).T
+    steps = torch.stack([_step(target, stand_in, damping) for stand_in in stand_ins]).T
     curvature = target.curvature(steps, damping)
     both = torch.stack([g.double(), exact.vector.double()])
     along, inner = (
@@ -76,6 +78,17 @@ def _judged(target: Target, stand_ins: Sequence[StandIn], damping: float, note: 
             }
         )
     return out
+
+
+def _step(target: Target, stand_in: StandIn, damping: float) -> Tensor:
+    """(F̂ + λ)⁻¹ g, and beside it, where solves are dear, the vector that μ_max begins with."""
+    g = target.gradient
+    begin = common_start(target, damping) if stand_in.preconditions else None
+    if begin is None:
+        return stand_in.solve(g[:, None], damping)[:, 0]
+    both = stand_in.solve(torch.stack([g, begin]).T, damping)
+    target.solved[stand_in.name, damping] = both[:, 1]
+    return both[:, 0]
 
 
 def predicted_steps(low: float, high: float) -> float:

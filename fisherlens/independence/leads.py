@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,17 +25,18 @@ class Leads:
 
     def __init__(self, budget: float):
         self._room = budget
-        self._high: dict[Key, list[Tensor]] = {}
+        self._high: dict[Key, list[tuple[float, Tensor]]] = {}
         self._low: dict[Key, dict[str, tuple[float, Tensor]]] = {}
+        self.leading: dict[tuple[str, str], list[Any]] = {}
 
     def _takes(self, x: Tensor) -> bool:
         self._room -= x.numel() * x.itemsize
         return self._room >= 0 and bool(torch.isfinite(x).all())
 
-    def note_high(self, key: Key, y: Tensor) -> None:
-        """U x of the x with the largest μ in a layer, ``(rows,)``."""
-        if y.any() and self._takes(y):
-            self._high.setdefault(key, []).append(unit(y))
+    def note_high(self, key: Key, value: float, y: Tensor) -> None:
+        """The largest μ in a layer, and U x of its x, ``(rows,)``."""
+        if value > 0 and y.any() and self._takes(y):
+            self._high.setdefault(key, []).append((value, unit(y)))
 
     def note_low(self, key: Key, layer: str, inverse: float, x: Tensor) -> None:
         """The x with the smallest μ in a layer, ``(p,)``, of length 1 in F + λ, and 1/μ."""
@@ -41,14 +44,12 @@ class Leads:
             self._low.setdefault(key, {})[layer] = (inverse, x)
 
     def high(self, key: Key) -> Tensor | None:
-        """The sum of what the layers found, with signs that agree; None unless there are several."""
+        """The leading eigenvector of Σ_l μ_l y_l y_lᵀ over what the layers found; None unless there are several."""
         found = self._high.get(key, [])
         if len(found) < 2:
             return None
-        total = found[0].clone()
-        for y in found[1:]:
-            total += y if total @ y >= 0 else -y
-        return unit(total)
+        half = torch.stack([y.double() * math.sqrt(value) for value, y in found])
+        return unit(torch.linalg.eigh(half @ half.T)[1][:, -1] @ half).to(found[0][1].dtype)
 
     def low(self, key: Key, F: Fisher) -> Tensor | None:
         """The best sum of what the layers found, ``(P,)``, that is the one with the smallest μ; None unless there are several.

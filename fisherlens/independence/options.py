@@ -19,7 +19,12 @@ DEFLATE = 10
 # Lanczos steps after which a condition number is given up (our choice; about 20 are usual at 1 %).
 MAX_STEPS = 500
 # Steps that are made before a value is believed; up to so many parameters steps cost nothing, and more of them are made (our choice).
-_LEAST_STEPS, _SMALL, _LEAST_STEPS_SMALL = 8, 20_000, 20
+_LEAST_STEPS, SMALL, _LEAST_STEPS_SMALL = 8, 20_000, 20
+# Steps in a row in which its error must be small.
+_IN_A_ROW = 3
+# The same of a run that begins near the end it looks for. On 384 such runs on two kinds of networks at initialisation and later, nine segmentations,
+# damping from 1e-4 to 1e-1, two errors then were above 0.25 %, where 0.5 % was asked for, up to 0.28 %.
+_LEAST_STEPS_PREPARED, _IN_A_ROW_PREPARED = 4, 1
 
 
 @dataclass(frozen=True)
@@ -59,10 +64,11 @@ def check_options(method: Any, num_probes: Any, num_matvecs: Any, seed: Any, tol
     return Options(method, num_probes, num_matvecs, seed, float(tol))
 
 
-def run_options(options: Options, n_params: int) -> dict[str, Any]:
-    """Keywords of a Lanczos run: half the relative accuracy of condition numbers for each end."""
-    least = _LEAST_STEPS_SMALL if n_params <= _SMALL else _LEAST_STEPS
-    return {"tol": options.tol / 2, "max_steps": MAX_STEPS, "least_steps": least}
+def run_options(options: Options, n_params: int, *, prepared: bool = False) -> dict[str, Any]:
+    """Keywords of a Lanczos run: half the relative accuracy of condition numbers for each end; fewer steps suffice where its start was prepared."""
+    least, in_a_row = (_LEAST_STEPS_PREPARED, _IN_A_ROW_PREPARED) if prepared else (_LEAST_STEPS, _IN_A_ROW)
+    least = _LEAST_STEPS_SMALL if n_params <= SMALL else least
+    return {"tol": options.tol / 2, "max_steps": MAX_STEPS, "least_steps": least, "in_a_row": in_a_row}
 
 
 def check_grid(damping: Any) -> tuple[list[float], bool]:

@@ -104,8 +104,8 @@ def independence(
     Notes
     -----
     Formulae: Gaussian KL and Stein loss; Concus and Golub for μ. Cost: one Gram matrix per layer, one Cholesky factor per λ and layer, the
-    blocks of each partition (those that several have in common once), and 10 to 15 products for each end of M in a layer, rather fewer in
-    the whole network, which all partitions share in blocks. The blocks of a dense layer's inputs are factored one after another and not
+    blocks of each partition (those that several have in common once), and 4 to 8 products for each end of M in a layer and in the whole
+    network, which all partitions share in blocks. The blocks of a dense layer's inputs are factored one after another and not
     kept, so that μ_max comes from products with them (LOBPCG); whole layers are treated among their Gram matrices alone. Estimates: ‖F‖²
     and log det by one deflated Lanczos quadrature per layer, p by conjugate gradients, both ends of M by Lanczos.
 

@@ -62,7 +62,7 @@ class StandIn:
     def product(self, v: Tensor, damping: float) -> Tensor:
         """The damped matrix that :meth:`solve` inverts, times V: (F̂ + λ) V unless the stand-in damps in a form of its own."""
         own = getattr(self.matrix, "damped_product", None)
-        return own(v, damping) if own is not None else torch.add(self.matrix._product(v), v, alpha=damping)
+        return own(v, damping) if own is not None else self.matrix._product(v).add_(v, alpha=damping)
 
     def solve(self, v: Tensor, damping: float) -> Tensor:
         """(F̂ + λ)⁻¹ V."""

@@ -14,6 +14,7 @@ from fisherlens.errors import MemoryBudgetError, readable_bytes
 from fisherlens.fisher import DIRECT_LIMIT, Fisher
 from fisherlens.independence.leads import Leads
 from fisherlens.independence.options import DEFLATE, Options
+from fisherlens.linalg.dense import solve_factored
 from fisherlens.spectrum.functions import log_of
 from fisherlens.spectrum.moments import Functions, Sampled, integrate, sample
 from fisherlens.spectrum.side import side_for
@@ -71,6 +72,8 @@ class Target:
         Whether the smaller of F and its Gram matrix is factored; else solves are iterative and determinants estimated.
     leads
         What layers found, as a start for the whole network.
+    common, solved
+        With its λ, the vector that μ_max begins with for all stand-ins; and (F̂ + λ)⁻¹ of it, by stand-in and λ, where it came along with another solve.
     """
 
     def __init__(self, F: Fisher, name: str, options: Options, diagonal: Tensor):
@@ -79,6 +82,8 @@ class Target:
         self.gradient = F.gradient()
         self._step: Step | None = None
         self.leads = Leads(F.memory / 8)
+        self.common: tuple[float, Tensor] | None = None
+        self.solved: dict[tuple[str, float], Tensor] = {}
 
     def _factors(self) -> bool:
         F = self.F
@@ -165,6 +170,6 @@ class Target:
         along = z[:, :k].clone()
         z.div_(F.total_weight)
         if r.shape[1]:
-            z[:, k:] = (torch.cholesky_solve(z[:, k:].double(), F.solver.factor(damping)) / -damping).to(z.dtype)
+            z[:, k:] = solve_factored(F.solver.factor(damping), z[:, k:].double()).div_(-damping).to(z.dtype)
         y = F.scores.rmatmat(z)
         return y[:, :k].add_(v, alpha=damping), y[:, k:].add_(r, alpha=1 / damping), along
