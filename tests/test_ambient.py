@@ -297,6 +297,31 @@ def test_warnings_name_the_line_of_the_user_through_guards():
 # --- threads ---------------------------------------------------------------------------------------------------------
 
 
+def test_what_is_made_in_inference_mode_is_of_use_outside():
+    sample, truth = Sample("dense").made(), known_products()
+    with torch.inference_mode():
+        v = sample.vectors() + 0
+        F = sample.fisher()
+        made = F @ v
+        K = fl.BlockDiagonal(F, "layer")
+        fl.independence(F, ("layer", "unit"), progress_bar=False, method="estimate")
+        same(numbers([F @ v, F.solve(v, 0.1), K @ v, K.solve(v, 0.1)]), truth)
+        assert torch.is_inference_mode_enabled()
+    assert v.is_inference()
+    assert not made.is_inference()
+    same(numbers([F @ v, F.solve(v, 0.1), K @ v, K.solve(v, 0.1)]), truth)
+    for kind in KINDS:
+        for budget in ("kept", "streamed"):
+            F = sample.fisher(kind, budget)
+            same(numbers(F @ v), numbers(F @ sample.vectors()))
+
+
+def known_products():
+    F, v = Sample("dense").F, Sample("dense").vectors()
+    K = fl.BlockDiagonal(F, "layer")
+    return numbers([F @ v, F.solve(v, 0.1), K @ v, K.solve(v, 0.1)])
+
+
 def test_another_thread_gets_the_same_answers():
     truth, found = known("dense", "Fisher"), []
 

@@ -2,7 +2,8 @@
 
 Under ``torch.autocast`` a product of float32 matrices is one of bfloat16 or float16, and answers in that dtype or, worse, is cast back
 without a word. So it is on some CPUs after ``torch.set_float32_matmul_precision("medium")``. F is that of the model in its own dtype, so
-nothing here is computed so. An autocast that the model's own forward opens is part of the model, and stays.
+nothing here is computed so. An autocast that the model's own forward opens is part of the model, and stays. Inference mode is left for
+the length of a call too.
 """
 
 from __future__ import annotations
@@ -81,13 +82,18 @@ _lifted = _Lifted()
 
 
 def own_precision(function: Callable[Parameters, Answer]) -> Callable[Parameters, Answer]:
-    """Decorate a function of the public interface: it computes in full precision. Where no other is in force that costs half a microsecond."""
+    """Decorate a function of the public interface: it computes in full precision, and ordinary tensors. Where no other is in force that costs half a microsecond."""
 
     @functools.wraps(function)
     def guarded(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Answer:
-        if not (_lifted.inside or _reduced() or _autocast()):
+        if not (_lifted.inside or _reduced() or _autocast() or torch.is_inference_mode_enabled()):
             return function(*args, **kwargs)
-        with without_autocast(), _lifted:
+        with ExitStack() as stack:
+            # what is made in inference mode can neither be written into later nor be part of a graph
+            if torch.is_inference_mode_enabled():
+                stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(without_autocast())
+            stack.enter_context(_lifted)
             return function(*args, **kwargs)
 
     guarded.own_precision = True  # type: ignore[attr-defined]
