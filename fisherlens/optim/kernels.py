@@ -79,7 +79,8 @@ class KernelSolve:
         if self.factor is None:
             return g / self.damping
         y = self.weights(self.rows.matmat(g[:, None])[:, 0])
-        return (g - self.spread(self.scale * y)) / self.damping
+        out = self.spread(self.scale * y)
+        return torch.sub(g, out, out=out).div_(self.damping)
 
     def product(self, v: Tensor) -> Tensor:
         """(F_b + λI) V for ``(p, K)``."""

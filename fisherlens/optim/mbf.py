@@ -144,10 +144,12 @@ class MBF(WarmStarted):
                 records[name].F.lerp_(S, 1 - self._options(name)["ema"])
         if step % self.inverse_refresh == 0 or (step <= self.inverse_refresh and self._due):
             self._invert([records[layer.name] for layer in blocks])
-        m = gradient.clone()
+        m = gradient
         if self._any("momentum"):
+            m = gradient.clone()
             self._add_momentum(m, active)
-        out.copy_(self._rest(m))  # the rule of what is not covered
+            if len(blocks) < len(self.layout.layers):
+                out.copy_(self._rest(m))  # the rule of what is not covered
         for layer in blocks:
             damping = self._options(layer.name)["damping"]
             write_direction(layer, records[layer.name], m, self.variant, damping, out)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fisherlens.layout import LayerInfo
+from fisherlens.linalg.dense import self_gram
 from fisherlens.optim.averages import Averages
 from fisherlens.optim.factors import matrix_of, matrix_shape, write_matrix
 
@@ -39,6 +41,9 @@ def products(layer: LayerInfo, flat: Tensor, variant: str) -> Tensor:
     if layer.kind == "conv":
         g = _kernels(layer, flat)
         return g[:, :, None] * g[:, None, :]
+    if variant == "B":
+        parts = _tensors(layer, flat)  # [∂W, ∂b] side by side, never put together
+        return (sum(self_gram(G) for G in parts) / sum(G.shape[1] for G in parts))[None]
     G = _rows(layer, flat, variant)
     return (G.T @ G / len(G))[None]
 
@@ -50,9 +55,16 @@ def write_direction(layer: LayerInfo, blocks: Blocks, m: Tensor, variant: str, d
         u = (blocks.inverse @ kernels[:, :, None])[:, :, 0] if blocks.inversions else kernels / damping
         out[layer.weight.start : layer.weight.stop] = u.reshape(-1)
         return
+    if variant == "B":
+        for G, u in zip(_tensors(layer, m), _tensors(layer, out), strict=True):
+            if blocks.inversions:
+                torch.mm(blocks.inverse[0], G, out=u)
+            else:
+                torch.div(G, damping, out=u)
+        return
     rows = _rows(layer, m, variant)
     rows = rows @ blocks.inverse[0] if blocks.inversions else rows / damping
-    write_matrix(layer, (rows.T if variant == "B" else rows.reshape(matrix_shape(layer)[1:]))[None], out)
+    write_matrix(layer, rows.reshape(matrix_shape(layer)), out)
 
 
 def _kernels(layer: LayerInfo, flat: Tensor) -> Tensor:
@@ -64,4 +76,9 @@ def _kernels(layer: LayerInfo, flat: Tensor) -> Tensor:
 def _rows(layer: LayerInfo, flat: Tensor, variant: str) -> Tensor:
     """A dense layer's gradients as rows of which S is the mean outer product, whose other axis is that of S."""
     G = matrix_of(layer, flat)[0]  # (O, I+1)
-    return G if variant == "A" else G.T if variant == "B" else G.reshape(G.shape[1], G.shape[0])
+    return G if variant == "A" else G.reshape(G.shape[1], G.shape[0])
+
+
+def _tensors(layer: LayerInfo, flat: Tensor) -> list[Tensor]:
+    """Weight ``(O, I)`` and bias ``(O, 1)`` of a dense layer, as views of a flat vector."""
+    return [flat[p.start : p.stop].view(p.shape[0], -1) for p in (layer.weight, layer.bias) if p is not None]

@@ -19,6 +19,12 @@ def add_scaled(x: Tensor, y: Tensor, factor: float | Tensor) -> Tensor:
     return x.addcmul_(y, factor) if isinstance(factor, Tensor) else x.add_(y, alpha=factor)
 
 
+def _double_dot(x: Tensor, y: Tensor) -> Tensor:
+    """Σ x y in float64; on a CPU in pieces that stay in its cache, as copies of the whole would cost more than the sum."""
+    size = 2**16 if x.device.type == "cpu" else len(x)
+    return torch.stack([a.double() @ b.double() for a, b in zip(x.split(size), y.split(size), strict=True)]).sum()
+
+
 class StepRule(torch.optim.Optimizer):
     """How a direction becomes a step, with options that may differ between groups of parameters."""
 
@@ -74,10 +80,10 @@ class StepRule(torch.optim.Optimizer):
         return gradient / (1 + self._values("damping"))
 
     def _add_momentum(self, vector: Tensor, active: set[str]) -> None:
-        """Add μ times the previous sum in place, and remember the new one; layers that do not move keep theirs."""
+        """Add μ times the previous sum in place, and keep the vector itself as the new one; layers that do not move keep theirs."""
         previous = torch.zeros_like(vector) if self._previous is None else self._previous
         add_scaled(vector, previous, self._values("momentum"))
-        self._previous = vector.clone()
+        self._previous = vector
         for layer in self.layout.layers:
             if layer.name not in active:
                 self._previous[layer.start : layer.stop] = previous[layer.start : layer.stop]
@@ -106,7 +112,7 @@ class StepRule(torch.optim.Optimizer):
         terms = []
         for piece, group in pieces:
             at = slice(piece.start, piece.stop)
-            terms.append(group["lr"] ** 2 * (direction[at].double() @ gradient[at].double()))
+            terms.append(group["lr"] ** 2 * _double_dot(direction[at], gradient[at]))
         return torch.stack(terms).sum()
 
     def _move(self, direction: Tensor, active: set[str]) -> None:
