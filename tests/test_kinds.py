@@ -14,7 +14,7 @@ from cases import ALL_CASES, cast
 from torch import nn
 
 import fisherlens as fl
-from fisherlens.errors import InputError, MemoryBudgetError
+from fisherlens.errors import InputError, MemoryBudgetError, NumericalWarning
 
 mpl.use("Agg")
 
@@ -212,7 +212,8 @@ def test_a_fisher_of_zero_has_no_direction():
     with torch.no_grad():
         model[-1].weight.zero_()
         model[-1].bias.copy_(torch.tensor([1000.0, 0.0, 0.0]))
-    found = fl.compare_kinds(model, (x, y * 0), likelihood=likelihood, kinds=("exact", "empirical"), k=2)
+    with pytest.warns(NumericalWarning, match="come out as 0"):
+        found = fl.compare_kinds(model, (x, y * 0), likelihood=likelihood, kinds=("exact", "empirical"), k=2)
     assert np.isnan(found["distance"]).all()
     assert np.isnan(found["cosine"]).all()
     assert (found["overlap_size"] == 0).all()
