@@ -399,7 +399,7 @@ def test_starts_lie_near_the_ends(scheme, monkeypatch):
             at, met = slice(F.layout.layer(name).start, F.layout.layer(name).stop), met + 1
             x = torch.linalg.solve((cut + eye)[at, at], r)
             quotient = (x @ (exact + eye)[at, at] @ x) / (x @ (cut + eye)[at, at] @ x)
-            assert quotient > 0.7 * found["mu_max"].sel(layer=name).item(), name
+            assert quotient > 0.6 * found["mu_max"].sel(layer=name).item(), name  # of the diagonal's y, also for others
     assert met >= 1
 
 

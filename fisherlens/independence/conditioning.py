@@ -19,7 +19,7 @@ from fisherlens.independence.by_layers import has_room, layer_extremes
 from fisherlens.independence.leads import Trail, unit
 from fisherlens.independence.options import run_options
 from fisherlens.independence.standin import StandIn
-from fisherlens.independence.starts import common_start, is_layer, low_start
+from fisherlens.independence.starts import RANDOM_PREPARED, common_start, is_layer, low_start
 from fisherlens.independence.target import Target
 from fisherlens.linalg.pencil import (
     DENSE_ORDER,
@@ -43,7 +43,7 @@ _VECTORS = 12
 # not found late; with the Gram matrix of F for μ_max, where F is large (our choice).
 _PREPARED_LOW, _PREPARED_HIGH = 4, 1
 # Share of a random vector in a start that is held to be good; it makes the start complete (our choice).
-_RANDOM, _RANDOM_PREPARED = 0.1, 0.03
+_RANDOM = 0.1
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class _Start:
 
     def complete(self, random: Tensor) -> _Start:
         """With a random part."""
-        share = _RANDOM_PREPARED if self.prepared else _RANDOM
+        share = RANDOM_PREPARED if self.prepared else _RANDOM
         return _Start(torch.add(self.vector, random, alpha=share), self.prepared)
 
 
@@ -147,7 +147,7 @@ def _starts(target: Target, stand_ins: Sequence[StandIn], damping: float) -> tup
     if not kept:
         forward = [_Start(unit(F._product(random[:, None])[:, 0]) + _RANDOM * random)] * len(stand_ins)
     else:
-        forward = [start.complete(random) for start in _spread(target, stand_ins, damping)]
+        forward = _spread(target, stand_ins, damping, random)
     backward = []
     for stand_in in stand_ins if target.exact else ():
         found = _near_lowest(target, stand_in, damping) if kept else None
@@ -169,7 +169,7 @@ def _near_lowest(target: Target, stand_in: StandIn, damping: float) -> Tensor | 
     return None if known is None else unit(stand_in.product(known[:, None], damping)[:, 0])
 
 
-def _spread(target: Target, stand_ins: Sequence[StandIn], damping: float) -> list[_Start]:
+def _spread(target: Target, stand_ins: Sequence[StandIn], damping: float, random: Tensor) -> list[_Start]:
     """Uᵀy for each stand-in: y is the sum of what the layers before have found, or what a few columns of a layer tell."""
     common = common_start(target, damping)
     if common is not None:
@@ -178,8 +178,8 @@ def _spread(target: Target, stand_ins: Sequence[StandIn], damping: float) -> lis
     different = {k: lead for k, lead in enumerate(known) if lead is not None}
     rest = [_largest_of_gram(target)] if len(different) < len(stand_ins) else []
     spread = target.F.scores.rmatmat(torch.stack([*rest, *different.values()]).T).T
-    own = {k: _Start(unit(x), True) for k, x in zip(different, spread[len(rest) :], strict=True)}
-    return [own[k] if k in own else _Start(unit(spread[0])) for k in range(len(stand_ins))]
+    own = {k: _Start(unit(x), True).complete(random) for k, x in zip(different, spread[len(rest) :], strict=True)}
+    return [own[k] if k in own else _Start(unit(spread[0])).complete(random) for k in range(len(stand_ins))]
 
 
 def _largest_of_gram(target: Target) -> Tensor:

@@ -21,6 +21,8 @@ from fisherlens.independence.target import Target
 from fisherlens.linalg.probes import Probes
 from fisherlens.scores.base import LayerScores
 
+# Share of a random vector in a start that is held to be good; it makes the start complete (our choice).
+RANDOM_PREPARED = 0.03
 # Columns of U in the small problem for the largest μ, and steps of Lanczos there (our choices, from runs on LeNet: within about 1 % then).
 _COLUMNS, _SHARE, _STEPS = 2048, 200, 8
 # Entries of the blocks that are looked at for the smallest μ, their fewest and most, eigenvectors of each, and those that are kept in all.
@@ -35,12 +37,14 @@ def is_layer(target: Target) -> bool:
 
 
 def common_start(target: Target, damping: float) -> Tensor | None:
-    """Uᵀy, ``(P,)``, of the y that is near the largest μ of all stand-ins; None where there are no columns to look at, or the layer is small."""
+    """Uᵀy, ``(P,)``, of the y that is near the largest μ of all stand-ins, with a random part; None where there are no columns to look at, or the layer is small."""
     F = target.F
     if not is_layer(target) or F.n_params <= SMALL or F.plan.streamed or F.plan.linearised:
         return None
     if target.common is None or target.common[0] != damping:
-        target.common = (damping, unit(F.scores.rmatmat(common_direction(target, damping)[:, None])[:, 0].clone()))
+        spread = unit(F.scores.rmatmat(common_direction(target, damping)[:, None])[:, 0])
+        random = unit(Probes(F.n_params, F.dtype, F.device, target.options.seed).gaussian(1)[:, 0])
+        target.common = (damping, torch.add(spread, random, alpha=RANDOM_PREPARED))
     return target.common[1]
 
 
@@ -166,6 +170,7 @@ def _leading(scores: LayerScores, diagonal: Tensor, at: slice, blocks: Blocks, s
 
 def _eigenvectors(matrices: Tensor, seed: int, each: int) -> tuple[Tensor, Tensor]:
     """Leading pairs of ``(c, s, s)``, roughly, by subspace iteration: ``(c, j)`` and ``(c, s, j)``."""
+    dtype, matrices = matrices.dtype, matrices if matrices.itemsize >= 4 else matrices.float()  # halves have no QR
     count, size = matrices.shape[:2]
     start = Probes(size, matrices.dtype, matrices.device, seed).gaussian(min(each, size))
     vectors = start.expand(count, *start.shape)
@@ -174,4 +179,4 @@ def _eigenvectors(matrices: Tensor, seed: int, each: int) -> tuple[Tensor, Tenso
         if step % 2:
             vectors = torch.linalg.qr(vectors)[0]
     values, turn = torch.linalg.eigh(torch.bmm(vectors.mT, torch.bmm(matrices, vectors)))
-    return values, torch.bmm(vectors, turn)
+    return values.to(dtype), torch.bmm(vectors, turn).to(dtype)
