@@ -145,3 +145,26 @@ def test_copies_keep_what_graphs_knew(path, way, monkeypatch):
     for some in (v, v[:, :1]):
         assert error(twin @ some, F @ some) < 1e-12
         assert (F @ some).norm() > 0
+
+
+class Tokens(nn.Module):
+    """A dense layer on sequences whose output, a view of what it computed, is written over by the activation."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.act, self.outer = nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.act(self.inner(x))).mean(1)
+
+
+@pytest.mark.parametrize("memory", ["2GiB", 2000], ids=["kept", "streamed"])
+def test_in_place_activation_behind_a_dense_layer_on_sequences(memory):
+    model, x = fill(Tokens().to(DTYPE), torch.Generator().manual_seed(1)), draw(6, 5, 3)
+    F = fl.Fisher(model, (x, None), likelihood="categorical", memory=memory, progress=False)
+    assert F.plan.kept == (memory == "2GiB")
+    assert not F.plan.kept or {F.plan[name].path for name in ("inner", "outer")} == {"factors"}
+    dense = reference.fisher(model, (x, torch.zeros(6, dtype=torch.long)), "categorical")
+    assert error(F @ torch.eye(F.n_params, dtype=DTYPE), dense) < 1e-12
+    if F.plan.kept:  # inputs and outputs of both layers are known, so that they have Kronecker factors
+        assert fl.KFAC(F).dense().shape == F.shape

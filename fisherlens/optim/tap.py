@@ -18,7 +18,7 @@ from fisherlens.layout import ROOT, LayerInfo
 from fisherlens.likelihoods import Likelihood
 from fisherlens.optim import texts
 from fisherlens.optim.graph import Ends, used_past_modules
-from fisherlens.scores.recorder import Use, flattened_map
+from fisherlens.scores.recorder import Use, computed_by, flattened_map
 
 
 @dataclass(eq=False)
@@ -184,7 +184,7 @@ class ScoreTap:
         output = output if instead is None else instead
         if self._ends is not None and self._inside and not torch.compiler.is_compiling():
             self._ends.setdefault(layer.name, []).append((output.grad_fn, x.grad_fn))
-        source = output if torch.compiler.is_compiling() else _source(output)
+        source = output if torch.compiler.is_compiling() else computed_by(output)
         kept = x.detach()  # without history, but it shares the version counter
         call = Call(layer, self._number, Use(module, kept, kept._version, None, output.shape))
         if self._likelihood is not None and self._inside and self.listening:
@@ -278,17 +278,6 @@ def remove_handles(handles: list[RemovableHandle]) -> None:
 def found_maps(maps: Mapping[str, tuple[int, int, int] | None]) -> dict[str, tuple[int, int, int]]:
     """Keep the layers that are fed by a flattened map."""
     return {name: shape for name, shape in maps.items() if shape is not None}
-
-
-def _source(output: Tensor) -> Tensor:
-    """What a layer computed, whose place in the graph stays when the output is written over, as by an in-place activation.
-
-    A dense layer with a bias makes the output on sequences as a view, which an in-place operation takes out of the graph.
-    """
-    base = output._base if output._is_view() else None
-    if base is None or base.grad_fn is None or base.numel() != output.numel():
-        return output
-    return base if base.is_contiguous() and output.is_contiguous() else output
 
 
 def at_least_single(x: Tensor) -> Tensor:

@@ -55,6 +55,17 @@ class Use:
         return self.inputs._version != self.version
 
 
+def computed_by(output: Tensor) -> Tensor:
+    """What a layer computed, whose place in the graph stays when the output is written over, as by an in-place activation.
+
+    A dense layer with a bias makes the output on sequences as a view, which an in-place operation takes out of the graph.
+    """
+    base = output._base if output._is_view() else None
+    if base is None or base.grad_fn is None or base.numel() != output.numel():
+        return output
+    return base if base.is_contiguous() and output.is_contiguous() else output
+
+
 class Unexplained(Exception):
     """Layers that later data use in another way than the sample did, so that their rule does not hold."""
 
@@ -186,7 +197,7 @@ class Recorder:
         def hook_for(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
                 inputs = args[0] if args else next(iter(kwargs.values()))
-                edge = get_gradient_edge(output) if output.requires_grad else None
+                edge = get_gradient_edge(computed_by(output)) if output.requires_grad else None
                 kept = (
                     inputs.clone() if self.copy_inputs else inputs
                 )  # still attached: its history tells the flattened map
@@ -245,8 +256,13 @@ def backward(
         return {name: [None] * len(layer_uses) for name, layer_uses in uses.items()}
     grads = iter(_gradients(outputs, edges, signal, retain_graph=keep, allow_unused=True))
     return {
-        name: [next(grads) if use.edge is not None else None for use in layer_uses] for name, layer_uses in uses.items()
+        name: [_arrived(next(grads), use) if use.edge is not None else None for use in layer_uses]
+        for name, layer_uses in uses.items()
     }
+
+
+def _arrived(score: Tensor | None, use: Use) -> Tensor | None:
+    return None if score is None else score.reshape(use.output_shape)
 
 
 def _gradients(outputs: Tensor, inputs: Sequence[Any], signal: Tensor, **options: Any) -> tuple[Tensor | None, ...]:
