@@ -163,7 +163,6 @@ def test_in_place_activation_behind_a_dense_layer_on_sequences(memory):
     model, x = fill(Tokens().to(DTYPE), torch.Generator().manual_seed(1)), draw(6, 5, 3)
     F = fl.Fisher(model, (x, None), likelihood="categorical", memory=memory, progress=False)
     assert F.plan.kept == (memory == "2GiB")
-    assert not F.plan.kept or {F.plan[name].path for name in ("inner", "outer")} == {"factors"}
     dense = reference.fisher(model, (x, torch.zeros(6, dtype=torch.long)), "categorical")
     assert error(F @ torch.eye(F.n_params, dtype=DTYPE), dense) < 1e-12
     if F.plan.kept:  # inputs and outputs of both layers are known, so that they have Kronecker factors
