@@ -65,7 +65,7 @@ WHY = {
     "by as much as steps are clipped at, and on so long a step they do not move in a straight line. Trust regions that count in F alone are too wide there; damping is what limits "
     "such steps.",
     "stability/*-hessian": "On the MLP within a few per cent, the accuracy of the measurement: some dozen steps decide. On the CNN on Fashion-MNIST single seeds lie far off, and we have not found out "
-    "why: kinks of ReLU and max pooling near the parameters, where there is no Hessian, are one suspect, the measurement itself the other.",
+    "why: kinks of ReLU near the parameters, where there is no Hessian, are one suspect, the measurement itself the other.",
     "stability/ngd stability/block-* stability/sgd": "A fact, not a computation gone wrong: by the Hessian, preconditioned alike, the same rates come out right (rows `-hessian`) on all problems but the CNN on Fashion-MNIST, which is open. (F + λ)⁻¹ "
     "divides by F where F is next to nothing, and the Hessian has curvature there that F does not have. The finer the blocks, the less of it they reach, so that F predicts "
     "gradient descent and units well and exact natural gradient badly.",
