@@ -7,7 +7,7 @@ from test_report import TINY, Page, _coarse_pictures, no_pictures, own, tiny_dat
 from torch import nn
 
 import fisherlens as fl
-from fisherlens.errors import InputError, MemoryBudgetError, NonFiniteError, UnsupportedModuleError
+from fisherlens.errors import InputError, MemoryBudgetError, NonFiniteError, NumericalWarning, UnsupportedModuleError
 from fisherlens.report import report, run, stages
 from fisherlens.report.subject import take_examples
 
@@ -130,7 +130,8 @@ def test_stage_without_information_does_not_stop_the_others(tmp_path, no_picture
             bias.data.copy_(torch.tensor([200.0, 0.0, 0.0]))
 
     optimizers = {"certain": lambda model: Certain(model.parameters(), lr=1.0)}
-    tree = report(tiny_problem(), tmp_path, num_steps=6, num_seeds=1, optimizers=optimizers, **TINY)
+    with pytest.warns(NumericalWarning, match="come out as 0"):
+        tree = report(tiny_problem(), tmp_path, num_steps=6, num_seeds=1, optimizers=optimizers, **TINY)
     assert tree["fisher"].stage.values.tolist() == ["start", "middle", "end"]
     assert tree["fisher"].trace.values[1:].tolist() == [0, 0]
     assert tree["units"].stage.values.tolist() == ["start"]
@@ -153,7 +154,9 @@ def test_zero_information(tmp_path):
         model[5].weight.zero_()
         model[5].bias.copy_(torch.tensor([200.0, 0.0, 0.0]))  # certain for every example: the Fisher underflows to zero
     x = tiny_data()[0]
-    tree = report(model, tmp_path, data=(x, torch.zeros(len(x), dtype=torch.int64)), likelihood="categorical", **TINY)
+    data = x, torch.zeros(len(x), dtype=torch.int64)
+    with pytest.warns(NumericalWarning, match="come out as 0"):
+        tree = report(model, tmp_path, data=data, likelihood="categorical", **TINY)
     assert float(tree["fisher"].trace[0]) == 0
     assert "no output depends on any parameter here" in (tmp_path / "report.html").read_text()
 

@@ -112,7 +112,7 @@ class _Treated:
 
     def __init__(self, F: Fisher, one: Treatment, diagonal: Tensor, damping: float):
         covered = F.restrict([layer.name for layer in one.covered])
-        self._at = torch.cat([torch.arange(layer.start, layer.stop) for layer in one.covered]).to(F.device)
+        self._at = torch.cat([torch.arange(layer.start, layer.stop, device=F.device) for layer in one.covered])
         self._part = covered if one.blocks is None else BlockDiagonal(covered, _compressed(one, covered, self._at))
         self._scales = _filled(one, diagonal, damping).to(F.dtype)[:, None]
 
@@ -133,8 +133,8 @@ class _Treated:
 def _compressed(one: Treatment, covered: Fisher, at: Tensor) -> Partition:
     """The blocks as far as the method covers them, in the indices of the covered part alone."""
     own = restrict(one.blocks, one.covered)
-    place = torch.full((own.layout.n_params,), -1, dtype=torch.int64)
-    place[at.cpu()] = torch.arange(len(at))
+    place = torch.full((own.layout.n_params,), -1, dtype=torch.int64, device="cpu")
+    place[at.cpu()] = torch.arange(len(at), device="cpu")
     return Partition(own.scheme, covered.layout, own.sizes.copy(), place[own.flat])
 
 
