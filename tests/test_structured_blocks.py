@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import numpy as np
@@ -344,7 +345,8 @@ def test_what_layers_hand_on_and_what_a_budget_ends():
     assert best >= 4  # no worse than the better of the two alone
     assert torch.allclose(leads.high(key).abs(), torch.tensor([0.6, 0.8]))  # signs are made to agree
     leads.note_high(key, 25.0, torch.tensor([4.0, -3.0]))
-    assert torch.allclose(leads.high(key).abs(), torch.tensor([0.8, 0.6]))  # 25 against 13
+    parts = leads.high(key) @ torch.tensor([[0.8, 0.6], [-0.6, 0.8]])
+    assert torch.allclose(parts.abs(), torch.tensor([25.0, 13.0]) / math.hypot(25, 13))
     assert leads.high(("unit", 0.2)) is None
     poor = Leads(8 * first.size)
     poor.note_low(key, first.name, 4.0, x)
@@ -416,3 +418,17 @@ def test_layers_of_a_partition_without_another_look_at_its_entries(scheme):
             assert own.layer == other.layer
             assert torch.equal(own.index, other.index)
             assert torch.equal(own.block_ids, other.block_ids)
+
+
+def test_layers_that_are_as_large_all_have_a_part_in_the_start():
+    leads, key = Leads(1e6), ("unit", LAMBDA)
+    eye = torch.eye(40, dtype=torch.float64)
+    for place, value in ((0, 26.2), (1, 26.1), (2, 1.0)):
+        leads.note_high(key, value, eye[place])
+    start = leads.high(key).abs()
+    assert start[:2].min() > 0.7  # not the first alone: a run may then settle at the wrong one of two
+    assert 0.02 < start[2] < 0.05
+    aligned = Leads(1e6)
+    for value, y in ((26.2, eye[0]), (26.1, -eye[0] - 1e-3 * eye[1])):
+        aligned.note_high(key, value, y)
+    assert abs(aligned.high(key)[0]) > 0.999

@@ -44,12 +44,17 @@ class Leads:
             self._low.setdefault(key, {})[layer] = (inverse, x)
 
     def high(self, key: Key) -> Tensor | None:
-        """The leading eigenvector of Σ_l μ_l y_l y_lᵀ over what the layers found; None unless there are several."""
+        """The eigenvectors of Σ_l μ_l y_l y_lᵀ over what the layers found, weighted with their eigenvalues; None unless there are several.
+
+        Not the leading one alone: where two layers are about as large, Lanczos would settle at the wrong one.
+        """
         found = self._high.get(key, [])
         if len(found) < 2:
             return None
         half = torch.stack([y.double() * math.sqrt(value) for value, y in found])
-        return unit(torch.linalg.eigh(half @ half.T)[1][:, -1] @ half).to(found[0][1].dtype)
+        values, turn = torch.linalg.eigh(half @ half.T)
+        vectors = torch.nn.functional.normalize(turn.T @ half, dim=1)
+        return unit(values.clamp(min=0) @ vectors).to(found[0][1].dtype)
 
     def low(self, key: Key, F: Fisher) -> Tensor | None:
         """The best sum of what the layers found, ``(P,)``, that is the one with the smallest μ; None unless there are several.
