@@ -83,3 +83,10 @@ def unchanged() -> Callable[..., AbstractContextManager[None]]:
 def pytest_configure(config: pytest.Config) -> None:
     """Let torch say that "same" padding of even kernels copies its input: the zoo holds such a layer on purpose."""
     config.addinivalue_line("filterwarnings", "ignore:Using padding='same' with even kernel:UserWarning")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

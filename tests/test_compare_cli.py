@@ -13,12 +13,6 @@ from fisherlens.report import race
 from fisherlens.training import loop
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def call(*arguments):
     with pytest.raises(SystemExit) as end:
         cli.main(["compare", "--problem", "digits-mlp", "--num-train", "60", "--num-test", "20", *arguments])

@@ -53,9 +53,8 @@ def common_direction(target: Target, damping: float) -> Tensor:
     F = target.F
     rows = Probes(F.scores.rows, F.dtype, F.device, target.options.seed + 1)
     generator = torch.Generator().manual_seed(target.options.seed)
-    index = torch.randint(F.n_params, (min(F.n_params, max(_COLUMNS, F.n_params // _SHARE)),), generator=generator).to(
-        F.device
-    )
+    count = min(F.n_params, max(_COLUMNS, F.n_params // _SHARE))
+    index = torch.randint(F.n_params, (count,), generator=generator, device="cpu").to(F.device)
     u = F.scores.layers[0].columns(index) / (target.diagonal[index] + damping).sqrt().to(F.dtype)
     basis, images = [unit(rows.gaussian(1)[:, 0])], []
     for _ in range(_STEPS):

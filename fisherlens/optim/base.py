@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fisherlens.errors import InputError, NonFiniteError, NumericalWarning
 from fisherlens.layout import ROOT, LayerInfo, Layout
 from fisherlens.likelihoods import as_likelihood
+from fisherlens.linalg.precision import without_autocast
 from fisherlens.optim import texts
 from fisherlens.optim.averages import BlockAverages
 from fisherlens.optim.checks import all_finite, choice, whole
@@ -25,7 +26,6 @@ from fisherlens.optim.scaling import (
     overflowed,
     stepped_by_scaler,
     unscale,
-    without_autocast,
 )
 from fisherlens.optim.solve import RETRIES, solve_blocks
 from fisherlens.optim.state import StoredState
@@ -163,7 +163,7 @@ class NaturalGradient(StepRule, StoredState):
             if self.labels == "true" and self._unit != 1:  # before anything is squared
                 for call in (call for calls in one.calls.values() for call in calls):
                     call.score = call.score.to(self._parameters[0].dtype) / self._unit
-            with without_autocast(self._parameters[0].device):  # the next forward pass may hand this one over
+            with without_autocast():  # the next forward pass may hand this one over
                 self._absorb(one, examples)
 
     def _check_inputs(self, one: Pass) -> None:
@@ -230,7 +230,7 @@ class NaturalGradient(StepRule, StoredState):
                 self._tap.flush()
                 if self._examples == 0:
                     raise InputError(texts.NO_STATISTICS)
-                with without_autocast(self._parameters[0].device):
+                with without_autocast():
                     gradient, active = self._mean_gradient()
                     self._move(self._direction(gradient, active), active)
                 moved = True

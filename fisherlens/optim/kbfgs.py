@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from fisherlens.errors import InputError
 from fisherlens.layout import LayerInfo
 from fisherlens.likelihoods import Likelihood
+from fisherlens.linalg.precision import without_autocast
 from fisherlens.optim import texts
 from fisherlens.optim.checks import whole
 from fisherlens.optim.factors import matrix_of, matrix_shape, positions, write_matrix
 from fisherlens.optim.groups import Groups
 from fisherlens.optim.layerwise import LayerWise, accumulate
 from fisherlens.optim.replay import Replay
-from fisherlens.optim.scaling import overflowed, without_autocast
+from fisherlens.optim.scaling import overflowed
 from fisherlens.optim.secant import Secants, Sums, random_states, set_random_states
 from fisherlens.optim.tap import Pass
 
@@ -160,7 +161,7 @@ class KBFGS(LayerWise):
                     with torch.enable_grad():
                         closure()
                 self._tap.flush()
-                with without_autocast(device):
+                with without_autocast():
                     self._learn()
             finally:
                 set_random_states(after, device)

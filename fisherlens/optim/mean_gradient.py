@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fisherlens.errors import InputError
+from fisherlens.linalg.precision import without_autocast
 from fisherlens.optim import texts
 from fisherlens.optim.factors import summed_scores, write_matrix
 from fisherlens.optim.layerwise import LayerWise
-from fisherlens.optim.scaling import without_autocast
 from fisherlens.optim.tap import Pass, at_least_single, draw_uniforms
 from fisherlens.scores.recorder import preserved_randomness
 from fisherlens.scores.source import Source, call
@@ -96,7 +96,7 @@ class WarmStarted(MeanGradient):
         try:
             device = self._parameters[0].device
             autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-            with preserved_randomness(device), without_autocast(device):
+            with preserved_randomness(device), without_autocast():
                 self._warm(self._sampled_gradients(model, batches, *autocast))
         finally:
             self._tap.listening = listening

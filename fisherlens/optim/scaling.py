@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -57,9 +56,3 @@ def unscale(opt: Any) -> None:
             for p in group["params"]:
                 if p.grad is not None:
                     p.grad.mul_(1 / float(opt.grad_scale))
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Compute in the dtype of the parameters, also where the user's ``torch.autocast`` is in force."""
-    kind = device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
